@@ -1,0 +1,169 @@
+"""Steps on source machines and their replication. Run by the worker of the source's site."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from datetime import UTC, datetime
+from typing import Any
+
+from temporalio import activity
+
+from farshore.activities import messages as m
+from farshore.activities import signatures as s
+from farshore.activities.sites import Sites
+from farshore.activities.support import Beat, beating, in_thread
+from farshore.activities.views import point_view
+from farshore.contract.runs import PointView
+from farshore.domain.points import Consistency
+from farshore.domain.retention import Bucket
+from farshore.providers.ports import Severity, SourceMachine
+from farshore.replication.engine import run_cycle
+from farshore.replication.loop import LegPlan, run_leg
+from farshore.replication.ports import Progress
+
+
+class SourceActivities:
+    """Bound to the sites of one worker."""
+
+    def __init__(self, sites: Sites) -> None:
+        self._sites = sites
+
+    @activity.defn(name=s.INSPECT_SOURCE.name)
+    async def inspect_source(self, call: m.SourceCall) -> m.InspectReport:
+        """Read the machine as its site shows it, with findings."""
+        async with beating():
+            return _report(call.machine, await self._sites.source(call.site).inspect(call.source))
+
+    @activity.defn(name=s.ENABLE_TRACKING.name)
+    async def enable_tracking(self, call: m.SourceCall) -> m.InspectReport:
+        """Switch change tracking on where it is off."""
+        async with beating():
+            site = self._sites.source(call.site)
+            await site.enable_tracking(call.source)
+            return _report(call.machine, await site.inspect(call.source))
+
+    @activity.defn(name=s.SHUT_DOWN_SOURCE.name)
+    async def shut_down_source(self, call: m.ShutDownCall) -> m.ShutDownReport:
+        """Guest shutdown; power off only where the plan says force."""
+        async with beating() as beat:
+            down = await self._sites.source(call.site).shut_down(
+                call.source, guest_timeout=call.guest_timeout, force=call.force, checkpoint=beat.checkpoint
+            )
+        return m.ShutDownReport(already_off=down.already_off, graceful=down.graceful, at=down.at)
+
+    @activity.defn(name=s.PROVE_SOURCE_OFF.name)
+    async def prove_source_off(self, call: m.SourceCall) -> m.FenceReport:
+        """Evidence that the source can't write, read from the site now."""
+        async with beating():
+            proof = await self._sites.source(call.site).prove_off(call.source)
+        return m.FenceReport(kind=proof.kind, evidence=proof.evidence, at=proof.at)
+
+    @activity.defn(name=s.POWER_ON_SOURCE.name)
+    async def power_on_source(self, call: m.SourceCall) -> m.InspectReport:
+        """Start the source machine again (cancel of a failover)."""
+        async with beating():
+            site = self._sites.source(call.site)
+            await site.power_on(call.source)
+            return _report(call.machine, await site.inspect(call.source))
+
+    @activity.defn(name=s.REPLICATE_LEG.name)
+    async def replicate_leg(self, call: m.LegCall) -> m.LegReport:
+        """Many cycles of replication. What it has done is in the store, not in Temporal."""
+        spec, policy = call.spec, call.spec.policy
+        plan = LegPlan(
+            machine=spec.machine,
+            owner=call.owner,
+            interval_s=policy.interval,
+            app_consistent_every_s=policy.app_consistent_every,
+            retention=tuple(Bucket(*pair) for pair in policy.retention),
+            until_s=call.until_seconds,
+            stop_after_first=call.stop_after_first,
+            force_full=call.force_full,
+        )
+        async with beating() as beat:
+
+            def work(should_stop: Callable[[], bool]) -> Any:
+                source = self._sites.source(spec.source_site).open_source(spec.machine, spec.source)
+                store = self._sites.target(spec.target_site).open_store()
+                try:
+                    return run_leg(
+                        source, store, plan, progress=lambda p: beat.note(_progress(p)), should_stop=should_stop
+                    )
+                finally:
+                    source.close()
+                    store.close()
+
+            done = await in_thread(work)
+        return m.LegReport(
+            cycles=done.cycles,
+            newest=point_view(done.newest) if done.newest else None,
+            full_copies=done.full_copies,
+            bytes_shipped=done.bytes_shipped,
+            stopped_because=done.stopped_because,
+        )
+
+    @activity.defn(name=s.FINAL_CYCLE.name)
+    async def final_cycle(self, call: m.FinalCycleCall) -> PointView:
+        """One more point under a new epoch, after the source was shut down: whatever it wrote is in it."""
+        spec = call.spec
+        async with beating() as beat:
+
+            def work(should_stop: Callable[[], bool]) -> Any:
+                source = self._sites.source(spec.source_site).open_source(spec.machine, spec.source)
+                store = self._sites.target(spec.target_site).open_store()
+                try:
+                    return _one_cycle(source, store, call, beat, should_stop)
+                finally:
+                    source.close()
+                    store.close()
+
+            point = await in_thread(work)
+        return point_view(point)
+
+
+def _one_cycle(
+    source: Any, store: Any, call: m.FinalCycleCall, beat: Beat, should_stop: Callable[[], bool]
+) -> Any:
+    writer = store.acquire(call.spec.machine, call.owner)
+    try:
+        result = run_cycle(
+            source,
+            writer,
+            machine=call.spec.machine,
+            want=Consistency.CRASH,
+            final=True,
+            progress=lambda p: beat.note(_progress(p)),
+            should_stop=should_stop,
+        )
+        return result.point
+    finally:
+        writer.close()
+
+
+def _progress(p: Progress) -> dict[str, Any]:
+    """What the Temporal UI shows of a running copy."""
+    shown: dict[str, Any] = {"stage": p.stage, "cycle": p.cycle, "points": p.points}
+    if p.disk:
+        shown["disk"] = p.disk
+    if p.total:
+        shown |= {"done_mib": round(p.done / 2**20, 1), "total_mib": round(p.total / 2**20, 1)}
+        shown["percent"] = round(100 * p.done / p.total, 1)
+    if p.newest_taken_at is not None:
+        shown["newest_point"] = p.newest_point
+        shown["newest_taken_at"] = p.newest_taken_at.isoformat()
+        shown["rpo_seconds"] = round((datetime.now(UTC) - p.newest_taken_at).total_seconds(), 1)
+    return shown
+
+
+def _report(machine: str, seen: SourceMachine) -> m.InspectReport:
+    refused = [f"{d.label}: {d.reason}" for d in seen.disks if not d.eligible]
+    errors = [f"{f.message} {f.action}" for f in seen.findings if f.severity is Severity.ERROR]
+    return m.InspectReport(
+        machine=machine,
+        power=seen.power.value,
+        tools_running=seen.tools_running,
+        disks=len(seen.disks),
+        bytes=sum(d.size for d in seen.disks),
+        errors=tuple(dict.fromkeys([*errors, *refused])),
+        warnings=tuple(f.message for f in seen.findings if f.severity is Severity.WARNING),
+    )

@@ -1,0 +1,103 @@
+"""What every activity needs: errors in Temporal's form, heartbeats, threads that can be stopped."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import threading
+from collections.abc import AsyncGenerator, Callable, Mapping
+from datetime import timedelta
+from typing import Any, TypeVar
+
+from temporalio import activity
+from temporalio.exceptions import ApplicationError, CancelledError
+from temporalio.worker import ActivityInboundInterceptor, ExecuteActivityInput, Interceptor
+
+from farshore.domain.errors import Code, FarshoreError
+
+T = TypeVar("T")
+_BEAT = 2.0  # seconds between heartbeats
+
+
+def as_application_error(error: FarshoreError) -> ApplicationError:
+    """Type = code, text for a person, the whole error as details, retry as the error says."""
+    return ApplicationError(
+        error.info.text(),
+        error.info.to_dict(),
+        type=error.code.value,
+        non_retryable=not error.retryable,
+        next_retry_delay=timedelta(seconds=error.retry_after) if error.retry_after else None,
+    )
+
+
+class ErrorInterceptor(Interceptor):
+    """Turns every error of an activity into one that explains itself. Registered once, by the worker."""
+
+    def intercept_activity(self, next: ActivityInboundInterceptor) -> ActivityInboundInterceptor:
+        return _Errors(next)
+
+
+class _Errors(ActivityInboundInterceptor):
+    async def execute_activity(self, input: ExecuteActivityInput) -> Any:
+        try:
+            return await super().execute_activity(input)
+        except FarshoreError as error:
+            raise as_application_error(error) from error
+        except (ApplicationError, CancelledError, asyncio.CancelledError):
+            raise
+        except Exception as error:
+            # The last net: whatever an SDK raises unforeseen must still reach the person on call with advice.
+            activity.logger.exception("unforeseen error in %s", activity.info().activity_type)
+            wrapped = FarshoreError(Code.INTERNAL, f"{type(error).__name__}: {error}"[:500])
+            raise as_application_error(wrapped) from error
+
+
+class Beat:
+    """Heartbeats of one activity: the newest details, sent every two seconds and at once when they change."""
+
+    def __init__(self, resume: Mapping[str, Any]) -> None:
+        self.resume = resume  # what a dead predecessor left
+        self._details: dict[str, Any] = dict(resume)
+
+    def checkpoint(self, details: Mapping[str, Any]) -> None:
+        """Remember and send. Called from the event loop."""
+        self._details = dict(details)
+        activity.heartbeat(self._details)
+
+    def note(self, details: Mapping[str, Any]) -> None:
+        """Remember; the next beat sends it. May be called from any thread."""
+        self._details = dict(details)
+
+    async def keep(self) -> None:
+        while True:
+            activity.heartbeat(self._details)
+            await asyncio.sleep(_BEAT)
+
+
+@contextlib.asynccontextmanager
+async def beating() -> AsyncGenerator[Beat]:
+    """Heartbeat in the background for as long as the step runs."""
+    details = activity.info().heartbeat_details
+    first = details[0] if details else {}
+    beat = Beat(first if isinstance(first, Mapping) else {})
+    task = asyncio.create_task(beat.keep())
+    try:
+        yield beat
+    finally:
+        task.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await task
+
+
+async def in_thread(work: Callable[[Callable[[], bool]], T]) -> T:
+    """Run blocking work in a thread. On cancellation the work sees `should_stop()` and is awaited to its end, so that
+    no thread goes on writing after its activity has ended."""
+    stop = threading.Event()
+    task = asyncio.create_task(asyncio.to_thread(work, stop.is_set))
+    try:
+        return await asyncio.shield(task)
+    except asyncio.CancelledError:
+        stop.set()
+        with contextlib.suppress(Exception):  # the cancellation is what counts; the work's own error is logged there
+            await task
+        raise

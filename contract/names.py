@@ -1,0 +1,37 @@
+"""Names that callers, workers and the Temporal UI share. Never change a value: running workflows carry them."""
+
+from __future__ import annotations
+
+from temporalio.common import SearchAttributeKey
+
+CONTROL_QUEUE = "farshore"
+"""Workflows, and activities that touch no site."""
+
+FAILOVER = "Failover"
+FAILOVER_GROUP = "FailoverGroup"
+MACHINE_FAILOVER = "MachineFailover"
+PROTECTION = "Protection"
+MACHINE_PROTECTION = "MachineProtection"
+RECOVERY_POINTS = "RecoveryPoints"
+
+PLAN = SearchAttributeKey.for_keyword("FarshorePlan")
+KIND = SearchAttributeKey.for_keyword("FarshoreKind")
+MACHINE = SearchAttributeKey.for_keyword("FarshoreMachine")
+STATE = SearchAttributeKey.for_keyword("FarshoreState")
+SITE = SearchAttributeKey.for_keyword("FarshoreSite")
+SEARCH_ATTRIBUTES = (PLAN, KIND, MACHINE, STATE, SITE)
+
+
+def site_queue(site: str, provider: str) -> str:
+    """The task queue of the workers that can reach `site` with `provider`."""
+    return f"site.{site}.{provider}"
+
+
+def protection_id(machine: str) -> str:
+    """Workflow id of the one MachineProtection of a machine: the lock, the state and the replication loop."""
+    return f"machine/{machine}"
+
+
+def run_id(plan: str, kind: str, stamp: str) -> str:
+    """Workflow id that the CLI and the typed client give to a run; `stamp` is UTC `YYYYmmdd-HHMMSS`."""
+    return f"{plan}/{kind}/{stamp}"

@@ -1,0 +1,2 @@
+"""Placeholder head; see BlobServer."""
+from __future__ import annotations
