@@ -73,9 +73,13 @@ format: install ## ruff: repair what it can, then format
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-lock: install ## write requirements.lock anew from pyproject.toml (make lock ARGS=--upgrade for newer releases)
-	$(BIN)/uv pip compile pyproject.toml --all-extras --universal --python-version 3.11 --generate-hashes \
-		--no-emit-index-url --no-emit-find-links --no-annotate --no-header --no-config $(ARGS) -o requirements.lock
+UV_COMPILE = $(BIN)/uv pip compile pyproject.toml --universal --python-version 3.11 --generate-hashes --no-config \
+	--no-emit-index-url --no-emit-find-links --no-annotate --no-header --quiet
+lock: install ## write requirements.lock and docker/requirements.lock anew (make lock ARGS=--upgrade for newer releases)
+	$(UV_COMPILE) --all-extras $(ARGS) -o requirements.lock
+	@rm -f docker/requirements.lock
+	$(UV_COMPILE) --extra vsphere --extra azure --extra lab --extra build \
+		--constraints requirements.lock -o docker/requirements.lock
 
 clean: ## remove what builds, tests and checkers leave behind (keeps .venv and downloaded tools)
 	rm -rf build/types build/bench build/ci build/lib build/bdist.* dist farshore.egg-info \

@@ -148,19 +148,28 @@ class ControlActivities:
                 found[name] = status.model_dump(mode="json")
         return m.StatusList(found=found, missing=missing)
 
+    @activity.defn(name=s.READ_SCRIPT.name)
+    async def read_script(self, call: m.ReadScript) -> str:
+        """The text of a script of the plans folder's `scripts/`, to be run in a guest."""
+        return await asyncio.to_thread(self._script_path(call.script).read_text, encoding="utf-8")
+
+    def _script_path(self, script: str) -> Path:
+        folder = (self._plans / "scripts").resolve()
+        path = (folder / script).resolve()
+        if not path.is_relative_to(folder) or not path.is_file():
+            raise FarshoreError(
+                Code.ACTION_FAILED,
+                f"Script {script} is not in the plans folder's scripts/.",
+                subject=script,
+                causes=("The file is missing on the control worker.", "The path leads out of scripts/."),
+            )
+        return path
+
     @activity.defn(name=s.RUN_WORKER_SCRIPT.name)
     async def run_worker_script(self, call: m.WorkerScript) -> m.ScriptOutput:
         """Run a script of the plans folder's `scripts/`. It gets its context as FARSHORE_… variables and as JSON on
         standard input, and an idempotency key that stays the same when the step is repeated."""
-        folder = (self._plans / "scripts").resolve()
-        path = (folder / call.script).resolve()
-        if not path.is_relative_to(folder) or not path.is_file():
-            raise FarshoreError(
-                Code.ACTION_FAILED,
-                f"Script {call.script} is not in the plans folder's scripts/.",
-                subject=call.action,
-                causes=("The file is missing on the control worker.", "The path leads out of scripts/."),
-            )
+        path = self._script_path(call.script)
         environment = {
             "PATH": os.environ.get("PATH", "/usr/bin:/bin"),
             "FARSHORE_PLAN": call.plan,
@@ -177,7 +186,7 @@ class ControlActivities:
                 stdout=asyncio.subprocess.PIPE,
                 stderr=asyncio.subprocess.PIPE,
                 env=environment,
-                cwd=folder,
+                cwd=path.parent,
                 start_new_session=True,
             )
             try:

@@ -245,3 +245,8 @@ class StatusList(Message):
 
     found: dict[str, dict[str, Any]]
     missing: dict[str, ErrorView]
+
+
+class ReadScript(Message):
+    plan: str
+    script: str

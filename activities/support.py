@@ -6,28 +6,17 @@ import asyncio
 import contextlib
 import threading
 from collections.abc import AsyncGenerator, Callable, Mapping
-from datetime import timedelta
 from typing import Any, TypeVar
 
 from temporalio import activity
 from temporalio.exceptions import ApplicationError, CancelledError
 from temporalio.worker import ActivityInboundInterceptor, ExecuteActivityInput, Interceptor
 
+from farshore.contract.errors import to_application_error
 from farshore.domain.errors import Code, FarshoreError
 
 T = TypeVar("T")
 _BEAT = 2.0  # seconds between heartbeats
-
-
-def as_application_error(error: FarshoreError) -> ApplicationError:
-    """Type = code, text for a person, the whole error as details, retry as the error says."""
-    return ApplicationError(
-        error.info.text(),
-        error.info.to_dict(),
-        type=error.code.value,
-        non_retryable=not error.retryable,
-        next_retry_delay=timedelta(seconds=error.retry_after) if error.retry_after else None,
-    )
 
 
 class ErrorInterceptor(Interceptor):
@@ -42,14 +31,14 @@ class _Errors(ActivityInboundInterceptor):
         try:
             return await super().execute_activity(input)
         except FarshoreError as error:
-            raise as_application_error(error) from error
+            raise to_application_error(error) from error
         except (ApplicationError, CancelledError, asyncio.CancelledError):
             raise
         except Exception as error:
             # The last net: whatever an SDK raises unforeseen must still reach the person on call with advice.
             activity.logger.exception("unforeseen error in %s", activity.info().activity_type)
             wrapped = FarshoreError(Code.INTERNAL, f"{type(error).__name__}: {error}"[:500])
-            raise as_application_error(wrapped) from error
+            raise to_application_error(wrapped) from error
 
 
 class Beat:

@@ -69,7 +69,9 @@ class TargetActivities:
             choice = PointChoice(call.choice) if call.choice in set(PointChoice) else call.choice
             point = choose(store.points(call.machine), choice, machine=call.machine)
             if call.hold:
-                store.hold(call.machine, point.id, call.run)
+                holder = purpose(call.test).value  # one test and one failover of a machine at a time
+                store.release(call.machine, holder)
+                store.hold(call.machine, point.id, holder)
             manifest = store.manifest(call.machine, point.id)
             ordered = sorted(manifest.disks, key=lambda d: (not d.state.boot, _natural(d.state.key)))
             disks = tuple(
@@ -189,6 +191,19 @@ class TargetActivities:
                     subject=call.machine,
                     retryable=False,
                 ) from None
+
+    @activity.defn(name=s.FIND_MACHINE.name)
+    async def find_machine(self, call: m.OwnedCall) -> ResourceView:
+        """The recovered machine, by its tags."""
+        site = self._sites.target(call.site)
+        async with beating():
+            found = await site.list_resources(plan=call.plan, machine=call.machine, purpose=purpose(call.test))
+        for one in found:
+            if one.kind == "machine":
+                return resource_view(one)
+        raise FarshoreError(
+            Code.MACHINE_NOT_RUNNING, f"{call.machine} has no recovered machine.", subject=call.machine, retryable=False
+        )
 
     @activity.defn(name=s.REMOVE_RESOURCES.name)
     async def remove_resources(self, call: m.RemoveCall) -> m.RemoveReport:

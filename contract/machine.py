@@ -136,3 +136,5 @@ class ProtectionState(Message):
     last_test_at: datetime | None = None
     last_failover_at: datetime | None = None
     force_full: bool = False
+    watcher: str = ""  # the Protection run that waits for the end of initial replication
+    disabled: bool = False

@@ -92,6 +92,14 @@ class ProtectionInput(Message):
     wait: bool = Field(default=True, description="protect: end only when every machine is Protected")
 
 
+class PointsInput(Message):
+    """Ask for the recovery points of a plan's machines."""
+
+    plan: Name
+    machines: tuple[Name, ...] = ()
+    limit: int = Field(default=20, ge=1, le=1000, description="newest points per machine")
+
+
 class ErrorView(Message):
     """An error as a person reads it."""
 

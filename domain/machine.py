@@ -142,6 +142,8 @@ def begin(
         if not keep_source_running:
             entered = MainState.PLANNED_FAILOVER_INITIATED
         return replace(state, main=entered, direction=state.direction.reversed, failback=True)
+    if operation is Operation.CANCEL and entered is MainState.COMMITTED:
+        state = _given_up(state)  # only a copy is dropped
     if operation is Operation.UNPLANNED_FAILOVER and state.resync is ResyncState.INITIATED:
         state = replace(state, resync=ResyncState.REQUIRED)  # interrupted; the choice of point must know
     return _enter(state, entered)
@@ -176,6 +178,8 @@ def succeed(state: MachineState, *, auto_commit: bool = False, resync_required: 
                 target = MainState.COMMITTED
             return _enter(replace(state, active_location=state.direction.target), target)
         case MainState.CANCEL_FAILOVER_IN_PROGRESS_ON_PRIMARY:
+            if state.failback:
+                return _enter(_given_up(state), MainState.COMMITTED)
             resync = ResyncState.REQUIRED if resync_required else state.resync
             return _enter(_given_up(replace(state, resync=resync)), target)
         case MainState.REPROTECT_INITIATED:
@@ -213,7 +217,11 @@ def cancel(state: MachineState, *, source_stopped: bool = False) -> MachineState
             f"The run cannot be called off: {why}. State: {state.main}; test: {state.test}.",
             causes=("The point of no return is passed, or nothing is running.",),
             action="Let the work end, then choose among the operations that the machine allows.",
-            details={"state": state.main.value, "test_state": state.test.value, "allowed_operations": []},
+            details={
+                "state": state.main.value,
+                "test_state": state.test.value,
+                "allowed_operations": [op.value for op in OPERATIONS.get(state.main, {})],
+            },
         )
     target = ends.cancel
     if state.failback:
@@ -316,6 +324,8 @@ def _refusal(
                 "Wait until that operation has ended.",
             )
         return "The state does not accept it.", None
+    if operation is Operation.FAILBACK and state.active_location is Location.PRIMARY:
+        return "The machine is at home already.", None
     if cell.needs is not None and not getattr(row, cell.needs):
         return _not_offered(operation, capabilities, state)
     if operation is Operation.PLANNED_FAILOVER and state.resync in REPLICA_INCOMPLETE:

@@ -65,7 +65,11 @@ class SourceCut(Protocol):
         ...
 
     def read(self, disk_key: str, offset: int, length: int) -> bytes:
-        """Exactly `length` bytes, or an error; never short, never other bytes."""
+        """Exactly `length` bytes, or an error; never short, never other bytes.
+
+        `offset` and `length` are multiples of 512 but at the disk's end. The engine calls this from several threads at
+        once.
+        """
         ...
 
     def release(self) -> None:
@@ -94,16 +98,21 @@ class DiskPoint:
     state: DiskState
     digest: str  # root over the leaf table, "b3:<hex>"
     snapshot: str  # the store's handle of the frozen replica (blob snapshot id, file name)
+    leaves: str = ""  # the store's handle of the leaf table frozen with it
 
 
 @dataclass(frozen=True, slots=True)
 class Manifest:
-    """What a committed point consists of. Its creation-if-absent under its cycle number is the commit."""
+    """What a committed point consists of. Its creation-if-absent under its cycle number is the commit.
+
+    Cycle numbers rise by one from entry to entry of the machine's log, but some entries are no points: each new owner
+    opens its epoch with an entry of its own (`manifest.Opening`).
+    """
 
     machine: str
     cycle: int
     epoch: int
-    parent: str  # digest of the previous manifest, "" for the first
+    parent: str  # digest of the log's previous entry
     taken_at: datetime
     committed_at: datetime
     consistency: Consistency
@@ -111,26 +120,59 @@ class Manifest:
     full: bool  # at least one disk was compared in full
     reason: str  # why full, else ""
     cut: str  # name of the source snapshot
-    bytes_changed: int
-    bytes_shipped: int
+    bytes_changed: int  # what the source reported as changed, or the whole disk in a full comparison
+    bytes_shipped: int  # what was written to the replica, clears not counted
     disks: tuple[DiskPoint, ...]
     tags: dict[str, str] = field(default_factory=dict[str, str])
 
 
+@dataclass(frozen=True, slots=True)
+class Frozen:
+    """A replica disk frozen for a cycle: the store's handles of the disk and of its leaf table."""
+
+    snapshot: str
+    leaves: str
+
+
+@dataclass(frozen=True, slots=True)
+class Leftover:
+    """What dead cycles may have left in a replica disk since the last committed point that contains it."""
+
+    touched: tuple[Extent, ...]  # may differ from the last committed point
+    torn: tuple[Extent, ...]  # of these the leaf table may be wrong as well
+
+
 class ReplicaDisk(Protocol):
-    """One replica disk, open for writing under an epoch. Every call fails with ReplicaFenced once a newer epoch exists."""
+    """One replica disk, open for writing under an epoch. Every call fails with ReplicaFenced once a newer epoch exists.
+
+    Order within a cycle: `intend` → write and clear → `flush` → `put_leaves` → `settle` or the next `intend` or freeze.
+    `write`, `clear` and `read` are safe to call from several threads.
+    """
 
     @property
     def size(self) -> int: ...
+    def leftover(self) -> Leftover:
+        """What has to be visited again although the source may not report it as changed."""
+        ...
+
+    def intend(self, extents: Sequence[Extent]) -> None:
+        """Make durable which extents are about to be written. Must precede the first write into them."""
+        ...
+
+    def settle(self) -> None:
+        """Make durable that leaf table and disk agree again in the extents last intended."""
+        ...
+
     def write(self, offset: int, data: bytes | memoryview) -> None: ...
     def clear(self, offset: int, length: int) -> None: ...
     def read(self, offset: int, length: int) -> bytes: ...
     def leaves(self) -> bytearray:
-        """The leaf table as last flushed: 16 bytes a leaf, zeros where never written."""
+        """The leaf table: 16 bytes a leaf, zeros for a leaf of zeros. The caller changes it in place and stores it with
+        `put_leaves`; it is the same object until the disk is opened anew."""
         ...
 
-    def put_leaves(self, table: bytes | bytearray | memoryview, changed: Sequence[Extent]) -> None:
-        """Store the table; `changed` are byte ranges of the table."""
+    def put_leaves(self, changed: Sequence[Extent]) -> None:
+        """Store these byte ranges of the table."""
         ...
 
     def flush(self) -> None: ...
@@ -141,6 +183,16 @@ class ReplicaWriter(Protocol):
 
     @property
     def epoch(self) -> int: ...
+    @property
+    def cycle(self) -> int:
+        """The number the next commit will have."""
+        ...
+
+    @property
+    def parent(self) -> str:
+        """Digest of the log's newest entry: what the next manifest names as its parent."""
+        ...
+
     def head(self) -> Manifest | None:
         """The newest committed manifest whose chain is intact."""
         ...
@@ -149,12 +201,24 @@ class ReplicaWriter(Protocol):
         """Open or create (or resize) the replica of a disk."""
         ...
 
-    def freeze(self, cycle: int, disk_key: str) -> str:
-        """Snapshot the replica of one disk for a cycle; returns the handle that goes into the manifest."""
+    def rebuild_leaves(self, disk_key: str, should_stop: Callable[[], bool]) -> None:
+        """Compute the leaf table of an open disk anew from the replica's own bytes."""
+        ...
+
+    def forget(self) -> None:
+        """Drop what is held in memory about disks: after a failed cycle they are opened anew."""
+        ...
+
+    def freeze(self, cycle: int, disk_key: str) -> Frozen:
+        """Snapshot the replica of one disk, and its leaf table, for a cycle."""
         ...
 
     def commit(self, manifest: Manifest) -> RecoveryPoint:
         """Create the manifest if absent. ReplicaFenced if another writer won the number."""
+        ...
+
+    def points(self) -> list[RecoveryPoint]:
+        """Committed points, oldest first."""
         ...
 
     def remove_points(self, cycles: Sequence[int]) -> list[int]:
@@ -162,28 +226,53 @@ class ReplicaWriter(Protocol):
         ...
 
     def keep_alive(self) -> None:
-        """Renew the lease. Raises ReplicaFenced when it was lost."""
+        """Raises ReplicaFenced when a newer epoch exists."""
         ...
 
     def close(self) -> None: ...
 
 
+class PointReader(Protocol):
+    """The frozen bytes of one disk of a point."""
+
+    @property
+    def size(self) -> int: ...
+    def data(self) -> Sequence[Extent]:
+        """Extents that may hold other bytes than zeros, ordered."""
+        ...
+
+    def read(self, offset: int, length: int) -> bytes: ...
+    def leaves(self) -> bytes:
+        """The leaf table frozen with the disk."""
+        ...
+
+
 class ReplicaStore(Protocol):
     """All points of all machines of one target."""
 
-    def acquire(self, machine: str, owner: str) -> ReplicaWriter:
+    def acquire(self, machine: str, owner: str, *, succeeding: int | None = None) -> ReplicaWriter:
         """Become the writer: raises the epoch, so that every earlier writer is fenced. Orphans of dead writers are
-        reaped."""
+        reaped. Needs no consent of the former writer and never waits for it.
+
+        With `succeeding` the epoch is taken only if the newest one is that epoch or was opened by the same `owner`;
+        else ReplicaFenced. It is how a leg goes on after an error without stealing from a legitimate successor.
+        """
         ...
 
     def points(self, machine: str) -> list[RecoveryPoint]:
         """Committed points, oldest first. Needs no writer; works when the source site is gone."""
         ...
 
-    def manifest(self, machine: str, point_id: str) -> Manifest: ...
+    def manifest(self, machine: str, point_id: str) -> Manifest:
+        """PointNotFound; ReplicaDamaged when the stored bytes do not match their digest."""
+        ...
+
+    def read_point(self, machine: str, point_id: str, disk_key: str) -> PointReader:
+        """The frozen bytes of a disk, for verification or restore."""
+        ...
 
     def hold(self, machine: str, point_id: str, holder: str) -> None:
-        """Protect a point from retention while a run uses it. Idempotent."""
+        """Protect a point from retention while a run uses it. Idempotent. PointExpired when retention was faster."""
         ...
 
     def release(self, machine: str, holder: str) -> None:
@@ -191,7 +280,8 @@ class ReplicaStore(Protocol):
         ...
 
     def keep_only(self, machine: str, point_id: str) -> list[str]:
-        """Commit of a failover: delete all other points. Returns the ids that were deleted."""
+        """Commit of a failover: fence the writer, delete all other points that no holder uses. Returns the ids that were
+        deleted."""
         ...
 
     def remove_machine(self, machine: str) -> None:

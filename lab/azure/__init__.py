@@ -9,5 +9,6 @@ Nothing here was compared with real Azure; it follows the SDK's contract and pub
 
 from farshore.lab.azure.control import AzureControl
 from farshore.lab.azure.lab import LabAzure, LabAzureThread
+from farshore.lab.azure.whole import LabAzureWhole
 
-__all__ = ["AzureControl", "LabAzure", "LabAzureThread"]
+__all__ = ["AzureControl", "LabAzure", "LabAzureThread", "LabAzureWhole"]

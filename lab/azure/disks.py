@@ -103,7 +103,9 @@ def put(world: World, call: Call) -> Answer:
         raise ArmError(400, "InvalidParameter", f"The value '{sku}' of parameter 'sku.name' is invalid.")
     creation = sub(call.body, "properties", "creationData")
     if not creation.get("createOption"):
-        raise ArmError(400, "InvalidParameter", "Required parameter 'creationData.createOption' is missing (null).")
+        raise ArmError(
+            400, "InvalidParameter", "Required parameter 'creationData.createOption' is missing (null)."
+        )
     if existing is not None:
         same = world.same_request(existing, call.body)
         if same is not None:
@@ -172,10 +174,20 @@ def _plan(world: World, call: Call, type_: str, creation: Json, location: str) -
     if option == "Upload" and type_ == DISK:
         return {"option": option, "size": _upload_size(creation)}
     if option == "Import":
-        return {"option": option, "size": (asked or 1) * GIB, "asked": asked, **_import_source(world, creation)}
+        return {
+            "option": option,
+            "size": (asked or 1) * GIB,
+            "asked": asked,
+            **_import_source(world, creation),
+        }
     if option == "Copy":
-        return {"option": option, **_copy_source(world, type_, call.body, creation, location, asked)}
-    raise ArmError(400, "InvalidParameter", f"The value '{option}' of 'creationData.createOption' is not allowed here.")
+        return {
+            "option": option,
+            **_copy_source(world, type_, call, creation=creation, location=location, asked=asked),
+        }
+    raise ArmError(
+        400, "InvalidParameter", f"The value '{option}' of 'creationData.createOption' is not allowed here."
+    )
 
 
 def _upload_size(creation: Json) -> int:
@@ -199,7 +211,9 @@ def _import_source(world: World, creation: Json) -> Json:
         raise ArmError(400, "InvalidParameter", "The source URI of an Import can't be a blob snapshot.")
     account = creation.get("storageAccountId")
     if not account and "sig" not in query:
-        raise ArmError(400, "InvalidParameter", "Required parameter 'creationData.storageAccountId' is missing (null).")
+        raise ArmError(
+            400, "InvalidParameter", "Required parameter 'creationData.storageAccountId' is missing (null)."
+        )
     if account:
         found = world.store.get(str(account))
         if found is None or found.type != STORAGE:
@@ -207,7 +221,9 @@ def _import_source(world: World, creation: Json) -> Json:
         endpoint = str(sub(found.properties, "primaryEndpoints").get("blob") or "")
         if not uri.lower().startswith(endpoint.lower()):
             raise ArmError(
-                400, "InvalidParameter", f"The source blob '{uri}' does not belong to storage account '{account}'."
+                400,
+                "InvalidParameter",
+                f"The source blob '{uri}' does not belong to storage account '{account}'.",
             )
     base = f"{parts.scheme}://{parts.netloc}{parts.path}"
     if world.knobs.import_per_minute:
@@ -224,17 +240,21 @@ def _import_source(world: World, creation: Json) -> Json:
 
 
 def _copy_source(
-    world: World, type_: str, body: Json, creation: Json, location: str, asked: int | None
+    world: World, type_: str, call: Call, *, creation: Json, location: str, asked: int | None
 ) -> Json:
     id_ = str(creation.get("sourceResourceId") or "")
     source = world.store.get(id_)
     if source is None or source.type not in {DISK, SNAPSHOT}:
         raise ArmError(404, "ResourceNotFound", f"The source resource '{id_}' was not found.")
     if source.location != location:
-        raise ArmError(400, "InvalidParameter", f"The source '{id_}' is in '{source.location}', not in '{location}'.")
+        raise ArmError(
+            400, "InvalidParameter", f"The source '{id_}' is in '{source.location}', not in '{location}'."
+        )
     if source.state != "Succeeded" or source.hidden.get("upload"):
         raise ArmError(
-            409, "OperationNotAllowed", f"The source '{source.name}' is not ready ({source.state}); it can't be copied."
+            409,
+            "OperationNotAllowed",
+            f"The source '{source.name}' is not ready ({source.state}); it can't be copied.",
         )
     size = int(source.properties["diskSizeBytes"])
     if asked is not None and asked < -(-size // GIB):
@@ -242,7 +262,7 @@ def _copy_source(
     if asked is not None and type_ == DISK and asked > -(-size // GIB):
         size = asked * GIB
     plan: Json = {"from": source.hidden["file"], "size": size}
-    if type_ == SNAPSHOT and sub(body, "properties").get("incremental"):
+    if type_ == SNAPSHOT and sub(call.body, "properties").get("incremental"):
         family = [
             s
             for s in world.store.of_type(SNAPSHOT)
@@ -251,7 +271,9 @@ def _copy_source(
         ]
         if len(family) >= _MAX_INCREMENTAL:
             raise ArmError(
-                409, "OperationNotAllowed", f"The disk '{source.name}' has {len(family)} incremental snapshots already."
+                409,
+                "OperationNotAllowed",
+                f"The disk '{source.name}' has {len(family)} incremental snapshots already.",
             )
         if family:
             plan["family"] = family[0].properties["incrementalSnapshotFamilyId"]
@@ -285,7 +307,9 @@ def _import(world: World, plan: Json, target: Path) -> int:
         size = diskfiles.check_vhd(view, plan["uri"].split("?", 1)[0])
         asked = plan.get("asked")
         if asked is not None and asked < -(-size // GIB):
-            raise ArmError(400, "InvalidParameter", f"The disk size {asked} GB is smaller than the VHD's {size} bytes.")
+            raise ArmError(
+                400, "InvalidParameter", f"The disk size {asked} GB is smaller than the VHD's {size} bytes."
+            )
         diskfiles.copy_view(view, size, target)
     except BlobRefused as refusal:
         raise ArmError(
@@ -370,20 +394,31 @@ def _change(world: World, call: Call, disk: Resource, changes: Json, size_gb: in
     now_gb = int(disk.properties["diskSizeGB"])
     if size_gb is not None and size_gb < now_gb:
         raise ArmError(
-            409, "OperationNotAllowed", f"Changing disk size to {size_gb} GB is not allowed: disks can't shrink."
+            409,
+            "OperationNotAllowed",
+            f"Changing disk size to {size_gb} GB is not allowed: disks can't shrink.",
         )
     owner = world.store.get(disk.body.get("managedBy"))
     if owner is not None and owner.hidden.get("power") != "deallocated":
         if size_gb is not None and size_gb > now_gb:
             raise ArmError(
-                409, "OperationNotAllowed", f"Cannot resize disk '{disk.name}' while it is attached to running VM '{owner.id}'."
+                409,
+                "OperationNotAllowed",
+                f"Cannot resize disk '{disk.name}' while it is attached to running VM '{owner.id}'.",
             )
         if changes.get("sku", sub(disk.body, "sku").get("name")) != sub(disk.body, "sku").get("name"):
             raise ArmError(
-                409, "OperationNotAllowed", f"Cannot change the SKU of disk '{disk.name}' while VM '{owner.id}' is allocated."
+                409,
+                "OperationNotAllowed",
+                f"Cannot change the SKU of disk '{disk.name}' while VM '{owner.id}' is allocated.",
             )
     operation = world.start(
-        call, "disk.update", disk, request=call.body, changes=changes, grow=size_gb if (size_gb or 0) > now_gb else None
+        call,
+        "disk.update",
+        disk,
+        request=call.body,
+        changes=changes,
+        grow=size_gb if (size_gb or 0) > now_gb else None,
     )
     disk.state = "Updating"
     world.store.put(disk)
@@ -489,15 +524,21 @@ def grant(world: World, call: Call) -> Answer:
         raise ArmError(400, "InvalidParameter", "durationInSeconds must be between 60 and 5184000.")
     if access == "Write" and not disk.hidden.get("upload"):
         raise ArmError(
-            409, "OperationNotAllowed", f"Write access is granted to disks created with Upload only; '{disk.name}' isn't one."
+            409,
+            "OperationNotAllowed",
+            f"Write access is granted to disks created with Upload only; '{disk.name}' isn't one.",
         )
     if access == "Read" and disk.hidden.get("upload"):
-        raise ArmError(409, "OperationNotAllowed", f"Disk '{disk.name}' waits for its upload; it can't be read.")
+        raise ArmError(
+            409, "OperationNotAllowed", f"Disk '{disk.name}' waits for its upload; it can't be read."
+        )
     if disk.state == "Failed":
         raise ArmError(409, "OperationNotAllowed", f"Disk '{disk.name}' is in state Failed.")
     if disk.type == DISK and disk_state(world, disk) == "Attached":
         raise ArmError(
-            409, "OperationNotAllowed", f"Cannot grant access to disk '{disk.name}': it is attached to a running VM."
+            409,
+            "OperationNotAllowed",
+            f"Cannot grant access to disk '{disk.name}': it is attached to a running VM.",
         )
     return world.accepted(
         call, world.start(call, "disk.grant", disk, access=access, seconds=seconds, base=call.base), 202, None
@@ -506,9 +547,13 @@ def grant(world: World, call: Call) -> Answer:
 
 def _grant_complete(world: World, operation: Operation, _: Any) -> Json:
     disk, args = _still_there(world, operation), operation.args
-    held = active_access(disk)
+    held: Json | None = active_access(disk)
     if held is None or held["access"] != args["access"]:
-        held = {"access": args["access"], "sig": secrets.token_urlsafe(24), "until": time.time() + args["seconds"]}
+        held = {
+            "access": args["access"],
+            "sig": secrets.token_urlsafe(24),
+            "until": time.time() + args["seconds"],
+        }
         disk.hidden["access"] = held
         world.store.put(disk)
     until = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(held["until"]))

@@ -169,7 +169,12 @@ def list_resources(world: World, call: Call) -> Answer:
             continue
         if now < resource.created + world.knobs.consistency_resources or not _matches(resource, wanted):
             continue
-        wire = {"id": resource.id, "name": resource.name, "type": resource.type, "location": resource.location}
+        wire: Json = {
+            "id": resource.id,
+            "name": resource.name,
+            "type": resource.type,
+            "location": resource.location,
+        }
         for part in ("sku", "managedBy", "kind"):
             if part in resource.body:
                 wire[part] = resource.body[part]
@@ -290,9 +295,7 @@ def check_tags(tags: Any) -> None:
     if not isinstance(tags, dict):
         raise ArmError(400, "InvalidRequestContent", "Tags must be an object of strings.")
     if len(tags) > 50:
-        raise ArmError(
-            400, "TooManyTags", f"A resource can have at most 50 tags; {len(tags)} were given."
-        )
+        raise ArmError(400, "TooManyTags", f"A resource can have at most 50 tags; {len(tags)} were given.")
     for name, value in tags.items():
         if not isinstance(name, str) or not isinstance(value, str) or len(name) > 512 or len(value) > 256:
             raise ArmError(400, "InvalidTag", f"The tag '{name}' is invalid.")
@@ -306,9 +309,7 @@ def check_tags(tags: Any) -> None:
 def _provider(world: World, namespace: str) -> Json:
     known = {name.lower(): name for name in NAMESPACES}.get(namespace.lower())
     if known is None:
-        raise ArmError(
-            404, "InvalidResourceNamespace", f"The resource namespace '{namespace}' is invalid."
-        )
+        raise ArmError(404, "InvalidResourceNamespace", f"The resource namespace '{namespace}' is invalid.")
     missing = known.lower() in {name.lower() for name in world.knobs.unregistered}
     return {
         "id": f"/subscriptions/{world.subscription}/providers/{known}",

@@ -40,7 +40,7 @@ def render(world: World, resource: Resource) -> Json:
 
 def plain(resource: Resource) -> Json:
     """id, name, type, etag and body; properties are a copy that may be changed."""
-    out = {**resource.wire(), "etag": f'W/{resource.etag}'}
+    out = {**resource.wire(), "etag": f"W/{resource.etag}"}
     out["properties"] = dict(resource.properties)
     return out
 
@@ -235,17 +235,27 @@ def ip_put(world: World, call: Call) -> Answer:
     method = str(given.get("publicIPAllocationMethod") or "Static")
     if sku == "Standard" and method != "Static":
         raise ArmError(
-            400, "InvalidRequestFormat", "Standard sku public IP addresses must have the allocation method Static."
+            400,
+            "InvalidRequestFormat",
+            "Standard sku public IP addresses must have the allocation method Static.",
         )
     if existing is not None and zones(call.body) != zones(existing.body):
-        raise ArmError(400, "ResourceAvailabilityZonesCannotBeModified", "Zones of a public IP address can't be changed.")
-    resource = existing or Resource(ip_id(world, call), PUBLIC_IP, group.name, call.get("publicIpAddressName"), {})
+        raise ArmError(
+            400, "ResourceAvailabilityZonesCannotBeModified", "Zones of a public IP address can't be changed."
+        )
+    resource = existing or Resource(
+        ip_id(world, call), PUBLIC_IP, group.name, call.get("publicIpAddressName"), {}
+    )
     old = resource.properties
     resource.body = base_body(call, location)
     resource.body["sku"] = {"name": sku, "tier": str(sub(call.body, "sku").get("tier") or "Regional")}
     if zones(call.body):
         resource.body["zones"] = zones(call.body)
-    kept = {k: given[k] for k in ("dnsSettings", "ddosSettings", "ipTags", "deleteOption") if given.get(k) is not None}
+    kept = {
+        k: given[k]
+        for k in ("dnsSettings", "ddosSettings", "ipTags", "deleteOption")
+        if given.get(k) is not None
+    }
     resource.body["properties"] = {
         **({"resourceGuid": old["resourceGuid"]} if "resourceGuid" in old else {}),
         "publicIPAllocationMethod": method,

@@ -45,7 +45,10 @@ def put(world: World, call: Call) -> Answer:
     nsg = reference(given.get("networkSecurityGroup"))
     properties: Json = {
         "ipConfigurations": made,
-        "dnsSettings": {"dnsServers": list(sub(given, "dnsSettings").get("dnsServers") or []), "appliedDnsServers": []},
+        "dnsSettings": {
+            "dnsServers": list(sub(given, "dnsSettings").get("dnsServers") or []),
+            "appliedDnsServers": [],
+        },
         "macAddress": held.get("macAddress") or _mac(),
         "enableAcceleratedNetworking": bool(given.get("enableAcceleratedNetworking")),
         "enableIPForwarding": bool(given.get("enableIPForwarding")),
@@ -75,7 +78,9 @@ def _configurations(
         vnet = world.referenced(parent_key(subnet.id), "Microsoft.Network/virtualNetworks", nic.id)
         if vnet.location != location:
             raise ArmError(
-                400, "InvalidResourceReference", f"{nic.id} is in '{location}', its network {vnet.id} in '{vnet.location}'."
+                400,
+                "InvalidResourceReference",
+                f"{nic.id} is in '{location}', its network {vnet.id} in '{vnet.location}'.",
             )
         network.check_settled(world, subnet, nic.id)
         method = str(given.get("privateIPAllocationMethod") or "Dynamic")
@@ -98,7 +103,11 @@ def _configurations(
         out.append({"id": f"{nic.id}/ipConfigurations/{name}", "name": name, "type": f"{NIC}/ipConfigurations",
                     "properties": properties})  # fmt: skip
     if sum(bool(c["properties"]["primary"]) for c in out) != 1:
-        raise ArmError(400, "NetworkInterfaceMustHaveOnePrimaryIpConfiguration", f"{nic.id} needs one primary configuration.")
+        raise ArmError(
+            400,
+            "NetworkInterfaceMustHaveOnePrimaryIpConfiguration",
+            f"{nic.id} needs one primary configuration.",
+        )
     return out
 
 
@@ -108,7 +117,11 @@ def _prefix(subnet: Resource) -> vnets.Net:
 
 def _others(world: World, nic: Resource, subnet: Resource) -> dict[str, str]:
     mine = nic.key + "/"
-    return {a: holder for a, holder in vnets.taken_in(world, subnet).items() if not holder.lower().startswith(mine)}
+    return {
+        a: holder
+        for a, holder in vnets.taken_in(world, subnet).items()
+        if not holder.lower().startswith(mine)
+    }
 
 
 def _static(world: World, nic: Resource, subnet: Resource, text: str, own: set[str]) -> str:
@@ -123,7 +136,9 @@ def _static(world: World, nic: Resource, subnet: Resource, text: str, own: set[s
             f"Private static IP address {text} does not belong to the range of subnet prefix {net}.",
         )  # fmt: skip
     if int(address) - int(net.network_address) < 4 or address == net.broadcast_address:
-        raise ArmError(400, "PrivateIPAddressInReservedRange", f"Private static IP address {text} is reserved by Azure.")
+        raise ArmError(
+            400, "PrivateIPAddressInReservedRange", f"Private static IP address {text} is reserved by Azure."
+        )
     holder = _others(world, nic, subnet).get(text)
     if holder or text in own:
         raise ArmError(
@@ -140,7 +155,9 @@ def _dynamic(world: World, nic: Resource, subnet: Resource, before: str | None, 
     for address in vnets.usable(net):
         if str(address) not in taken:
             return str(address)
-    raise ArmError(400, "SubnetIsFull", f"Subnet {subnet.name} with address prefix {net} does not have enough capacity.")
+    raise ArmError(
+        400, "SubnetIsFull", f"Subnet {subnet.name} with address prefix {net} does not have enough capacity."
+    )
 
 
 def _public(world: World, nic: Resource, id_: str) -> Resource:

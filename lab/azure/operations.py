@@ -136,7 +136,9 @@ class Engine:
     def release(self, id_: str | None = None) -> int:
         """Let stuck operations (all, or one) end now; returns how many."""
         stuck = [
-            o for o in self.operations.values() if o.running and o.due is None and (id_ is None or o.id == id_)
+            o
+            for o in self.operations.values()
+            if o.running and o.due is None and (id_ is None or o.id == id_)
         ]
         for operation in stuck:
             operation.due = time.time()
@@ -167,7 +169,9 @@ class Engine:
                 outcome = await asyncio.to_thread(kind.work, self._world, operation)
             except ArmError as refusal:
                 error = refusal
-            except Exception as crash:  # whatever breaks in the laboratory must end the operation, not hang its client
+            except (
+                Exception
+            ) as crash:  # whatever breaks in the laboratory must end the operation, not hang its client
                 error = ArmError(500, "InternalExecutionError", f"{type(crash).__name__}: {crash}")
         await self._until_due(operation)
         self._end(operation, kind, outcome, error)
@@ -176,8 +180,7 @@ class Engine:
         wake = self._wake[operation.id]
         while operation.due is None:
             await wake.wait()
-        while (left := operation.due - time.time()) > 0:
-            await asyncio.sleep(left)
+        await asyncio.sleep(max(0.0, operation.due - time.time()))
         while operation.location.lower() in {place.lower() for place in self._world.knobs.outage}:
             await self._world.knobs_changed.wait()
 

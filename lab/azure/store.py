@@ -37,7 +37,8 @@ class Store:
         self._db.execute("pragma synchronous=off")
         self._db.executescript(_SCHEMA)
         self.resources: dict[str, Resource] = {
-            key: Resource(**json.loads(doc)) for key, doc in self._db.execute("select key, doc from resources")
+            key: Resource(**json.loads(doc))
+            for key, doc in self._db.execute("select key, doc from resources")
         }
         self._in_transaction = False
         self._requests_since_prune = 0

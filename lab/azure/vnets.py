@@ -32,7 +32,9 @@ def vnet_id(world: World, call: Call) -> str:
 
 
 def subnet_id(world: World, call: Call) -> str:
-    return world.id_of(SUBNET, call.get("resourceGroupName"), call.get("virtualNetworkName"), call.get("subnetName"))
+    return world.id_of(
+        SUBNET, call.get("resourceGroupName"), call.get("virtualNetworkName"), call.get("subnetName")
+    )
 
 
 def nsg_id(world: World, call: Call) -> str:
@@ -41,7 +43,10 @@ def nsg_id(world: World, call: Call) -> str:
 
 def rule_id(world: World, call: Call) -> str:
     return world.id_of(
-        RULE, call.get("resourceGroupName"), call.get("networkSecurityGroupName"), call.get("securityRuleName")
+        RULE,
+        call.get("resourceGroupName"),
+        call.get("networkSecurityGroupName"),
+        call.get("securityRuleName"),
     )
 
 
@@ -88,7 +93,10 @@ def vnet_put(world: World, call: Call) -> Answer:
     vnet = existing or Resource(id_, VNET, group.name, call.get("virtualNetworkName"), {})
     guid = vnet.properties.get("resourceGuid")
     vnet.body = network.base_body(call, location)
-    vnet.body["properties"] = {"addressSpace": {"addressPrefixes": list(prefixes)}, "enableDdosProtection": False}
+    vnet.body["properties"] = {
+        "addressSpace": {"addressPrefixes": list(prefixes)},
+        "enableDdosProtection": False,
+    }
     if guid:
         vnet.body["properties"]["resourceGuid"] = guid
     for name in ("dhcpOptions", "flowTimeoutInMinutes", "encryption", "virtualNetworkPeerings"):
@@ -116,10 +124,14 @@ def _check_layout(space: list[Net], subnets: list[Net]) -> None:
     for index, subnet in enumerate(subnets):
         if not any(inside(subnet, whole) for whole in space):
             raise ArmError(
-                400, "NetcfgInvalidSubnet", f"Subnet '{subnet}' is not within the address space of the virtual network."
+                400,
+                "NetcfgInvalidSubnet",
+                f"Subnet '{subnet}' is not within the address space of the virtual network.",
             )
         if subnet.version == 4 and subnet.prefixlen > 29:
-            raise ArmError(400, "NetcfgInvalidSubnet", f"Subnet '{subnet}' is too small; the smallest is /29.")
+            raise ArmError(
+                400, "NetcfgInvalidSubnet", f"Subnet '{subnet}' is too small; the smallest is /29."
+            )
         for other in subnets[:index]:
             if overlap(subnet, other):
                 raise ArmError(400, "NetcfgSubnetRangesOverlap", f"Subnets '{subnet}' and '{other}' overlap.")
@@ -128,8 +140,12 @@ def _check_layout(space: list[Net], subnets: list[Net]) -> None:
 def _subnet_body(world: World, vnet: Resource, given: Json) -> Json:
     properties = sub(given, "properties")
     body: Json = {"addressPrefix": str(_prefix_of(given)), "provisioningState": "Updating", "delegations": []}
-    body["privateEndpointNetworkPolicies"] = str(properties.get("privateEndpointNetworkPolicies") or "Disabled")
-    body["privateLinkServiceNetworkPolicies"] = str(properties.get("privateLinkServiceNetworkPolicies") or "Enabled")
+    body["privateEndpointNetworkPolicies"] = str(
+        properties.get("privateEndpointNetworkPolicies") or "Disabled"
+    )
+    body["privateLinkServiceNetworkPolicies"] = str(
+        properties.get("privateLinkServiceNetworkPolicies") or "Enabled"
+    )
     nsg = reference(properties.get("networkSecurityGroup"))
     if nsg:
         body["networkSecurityGroup"] = {"id": world.referenced(nsg, NSG, vnet.id).id}
@@ -201,7 +217,10 @@ def check_address(world: World, call: Call) -> Answer:
         if address in net:
             taken = taken_in(world, subnet)
             free = [str(a) for a in usable(net) if str(a) not in taken][:5]
-            return Answer(200, {"available": text not in taken, "availableIPAddresses": free, "isPlatformReserved": False})
+            return Answer(
+                200,
+                {"available": text not in taken, "availableIPAddresses": free, "isPlatformReserved": False},
+            )
     raise ArmError(400, "IPAddressNotInVirtualNetwork", f"{text} lies in no subnet of '{vnet.name}'.")
 
 
@@ -215,7 +234,10 @@ def subnet_put(world: World, call: Call) -> Answer:
     if (again := network.repeated(world, call, held)) is not None:
         return again
     network.check_trunk(world, id_)
-    space = [network_of(p, "InvalidAddressPrefixFormat") for p in vnet.properties["addressSpace"]["addressPrefixes"]]
+    space = [
+        network_of(p, "InvalidAddressPrefixFormat")
+        for p in vnet.properties["addressSpace"]["addressPrefixes"]
+    ]
     others = [s for s in world.store.children(vnet, SUBNET) if s.key != id_.lower()]
     _check_layout(space, [*(_prefix_of(s.body) for s in others), _prefix_of(call.body)])
     if held is not None and _prefix_of(held.body) != _prefix_of(call.body):
@@ -303,12 +325,16 @@ def _check_rules(rules: list[tuple[str, Json]]) -> None:
         priority = rule["priority"]
         if not isinstance(priority, int) or not 100 <= priority <= 4096:
             raise ArmError(
-                400, "SecurityRuleInvalidPriority", f"Security rule '{name}' has an invalid priority: 100 to 4096."
+                400,
+                "SecurityRuleInvalidPriority",
+                f"Security rule '{name}' has an invalid priority: 100 to 4096.",
             )
         slot = (str(rule["direction"]).lower(), priority)
         if slot in seen:
             raise ArmError(
-                400, "SecurityRuleConflict", f"Security rules '{seen[slot]}' and '{name}' share priority and direction."
+                400,
+                "SecurityRuleConflict",
+                f"Security rules '{seen[slot]}' and '{name}' share priority and direction.",
             )
         seen[slot] = name
 

@@ -13,7 +13,6 @@ from farshore.lab.azure.model import (
     DISK,
     GROUP,
     SNAPSHOT,
-    SUBNET,
     TERMINAL,
     VM,
     Answer,
@@ -100,12 +99,12 @@ class World:
         if parsed is None:
             raise ArmError(400, "InvalidResourceId", f"'{id_}' is not a resource id.")
         self.group(parsed.group)
-        if parsed.type.lower() == SUBNET.lower() or len(parsed.names) > 1:
+        if len(parsed.names) != 1:
             raise ArmError(404, "NotFound", f"Resource {id_} not found.")
         raise ArmError(
             404,
             "ResourceNotFound",
-            f"The Resource '{parsed.type}/{parsed.names[-1]}' under resource group '{parsed.group}' was not found.",
+            f"The Resource '{parsed.type}/{parsed.names[0]}' under resource group '{parsed.group}' was not found.",
         )
 
     def referenced(self, id_: str | None, type_: str, referrer: str) -> Resource:

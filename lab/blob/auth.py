@@ -15,7 +15,7 @@ import ipaddress
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Protocol
-from urllib.parse import parse_qsl, unquote, urlsplit
+from urllib.parse import unquote, urlsplit
 
 from .errors import BlobAuthError, StorageError
 
@@ -59,11 +59,21 @@ def parse_url(url: str) -> Target:
     """Path style or host style; raises InvalidUri."""
     parts = urlsplit(url)
     host = parts.hostname or ""
-    query = dict(parse_qsl(parts.query, keep_blank_values=True))
+    query = parse_query(parts.query)
     account, dot, rest = host.partition(".")
     if dot and rest.startswith("blob.") and not _is_address(host):
         return split_path(parts.path, query, account)
     return split_path(parts.path, query)
+
+
+def parse_query(raw: str) -> dict[str, str]:
+    """Query parameters; "+" is a plus sign here, as in the service's own canonical form."""
+    out: dict[str, str] = {}
+    for part in raw.split("&"):
+        if part:
+            name, _, value = part.partition("=")
+            out[unquote(name)] = unquote(value)
+    return out
 
 
 def split_path(raw_path: str, query: dict[str, str], account: str = "") -> Target:
@@ -174,7 +184,9 @@ def check_sas(
     if "st" in q and now < _moment(q["st"]):
         raise _failed("Signed start time is after now.")
     if q.get("spr", "https,http") == "https" and not https:
-        raise BlobAuthError("AuthorizationProtocolMismatch", "This request is not authorized over this protocol.")
+        raise BlobAuthError(
+            "AuthorizationProtocolMismatch", "This request is not authorized over this protocol."
+        )
     if "sip" in q and client and not _in_range(client, q["sip"]):
         raise BlobAuthError("AuthorizationSourceIPMismatch")
     granted = q.get("sp", "")

@@ -35,7 +35,9 @@ class BlockOps(PageOps):
         store = self.catalog.new_store(BLOCK_BLOB)
         try:
             self._write_file(self.block_file(store), [data])
-            return self._commit(container, name, store, len(data), [], props, metadata, cond)
+            return self._commit(
+                container, name, store, size=len(data), blocks=[], props=props, metadata=metadata, cond=cond
+            )
         except BaseException:
             self.drop_if_unreferenced(store)
             raise
@@ -112,7 +114,14 @@ class BlockOps(PageOps):
             try:
                 self._write_file(self.block_file(store), parts)
                 return self._commit(
-                    container, name, store, sum(size for _, size in blocks), blocks, props, metadata, cond
+                    container,
+                    name,
+                    store,
+                    size=sum(size for _, size in blocks),
+                    blocks=blocks,
+                    props=props,
+                    metadata=metadata,
+                    cond=cond,
                 )
             except BaseException:
                 self.drop_if_unreferenced(store)
@@ -143,6 +152,7 @@ class BlockOps(PageOps):
         container: str,
         name: str,
         store: int,
+        *,
         size: int,
         blocks: list[tuple[str, int]],
         props: dict[str, str] | None,
@@ -155,7 +165,7 @@ class BlockOps(PageOps):
             conditions.check_write(old, cond, self.clock())
             refuse_pending(old)
             spent = self._uncommitted(container, name)
-            row = self.replacement(container, name, BLOCK_BLOB, store, size, old)
+            row = self.replacement(container, name, BLOCK_BLOB, store, size=size, old=old)
             row.props, row.metadata, row.blocks = props or {}, metadata or {}, blocks
             with self.catalog.transaction() as db:
                 self.catalog.save_blob(row)
@@ -168,7 +178,8 @@ class BlockOps(PageOps):
 
     def _uncommitted(self, container: str, name: str) -> dict[str, tuple[int, int]]:
         rows = self.catalog.query(
-            "SELECT block, size, store FROM blocks WHERE container=? AND name=? ORDER BY seq", (container, name)
+            "SELECT block, size, store FROM blocks WHERE container=? AND name=? ORDER BY seq",
+            (container, name),
         )
         return {r[0]: (r[1], r[2]) for r in rows}
 

@@ -77,7 +77,8 @@ def check_write(row: BlobRow | None, cond: Conditions, now: float) -> None:
     ):
         if not holds:
             raise StorageError(
-                "SequenceNumberConditionNotMet", f"The blob's sequence number is {row.seq}, asked for {bound}."
+                "SequenceNumberConditionNotMet",
+                f"The blob's sequence number is {row.seq}, asked for {bound}.",
             )
 
 

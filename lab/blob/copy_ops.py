@@ -53,10 +53,10 @@ class CopyOps(BlockOps):
                 raise StorageError("InvalidSourceBlobUrl", "Source and destination are the same blob.")
             with self.catalog.transaction():
                 store = self.catalog.new_store(origin.kind)
-                row = self.replacement(container, name, origin.kind, store, origin.size, old)
+                row = self.replacement(container, name, origin.kind, store, size=origin.size, old=old)
                 row.seq = origin.seq
                 row.props = dict(origin.props)
-                row.metadata = dict(origin.metadata) if not metadata else metadata
+                row.metadata = metadata or dict(origin.metadata)
                 row.blocks = list(origin.blocks)
                 row.copy = CopyState(
                     id=str(uuid.uuid4()),
@@ -107,10 +107,14 @@ class CopyOps(BlockOps):
         try:
             self._copy(container, name, copy_id)
         except StorageError as e:
-            self._fail(container, name, copy_id, f"{e.status} {e.code} \"Copy failed when reading the source.\"")
-        except Exception as e:  # a dead thread would leave the copy pending for ever; a closed store is no failure
+            self._fail(
+                container, name, copy_id, f'{e.status} {e.code} "Copy failed when reading the source."'
+            )
+        except (
+            Exception
+        ) as e:  # a dead thread would leave the copy pending for ever; a closed store is no failure
             if not self.closed.is_set():
-                self._fail(container, name, copy_id, f"500 InternalError \"{type(e).__name__}\"")
+                self._fail(container, name, copy_id, f'500 InternalError "{type(e).__name__}"')
 
     def _copy(self, container: str, name: str, copy_id: str) -> None:
         row = self._pending(container, name, copy_id)
@@ -160,9 +164,7 @@ class CopyOps(BlockOps):
                     found = list(pages.ranges(row.gen, 0, row.size))
         else:
             found = [PageRange(0, row.size)]
-        return [
-            PageRange(at, min(at + PIECE, r.end)) for r in found for at in range(r.start, r.end, PIECE)
-        ]
+        return [PageRange(at, min(at + PIECE, r.end)) for r in found for at in range(r.start, r.end, PIECE)]
 
     def read_source(self, state: CopyState, piece: PageRange) -> bytes:
         with self.path_lock(state.container, state.blob):

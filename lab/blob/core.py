@@ -149,7 +149,8 @@ class StoreCore:
             found = self._stores.get(store)
             if found is None:
                 rows = self.catalog.query(
-                    "SELECT chunk, gen, slot, valid, written FROM chunks WHERE store=? ORDER BY chunk, gen", (store,)
+                    "SELECT chunk, gen, slot, valid, written FROM chunks WHERE store=? ORDER BY chunk, gen",
+                    (store,),
                 )
                 found = PageStore(self.slot_file(store), store, rows, durable=self.durable)
                 self._stores[store] = found

@@ -52,6 +52,7 @@ STATUS: dict[str, int] = {
     "LeaseNotPresentWithContainerOperation": 412,
     "LeaseNotPresentWithLeaseOperation": 409,
     "Md5Mismatch": 400,
+    "MetadataTooLarge": 400,
     "MissingContentLengthHeader": 411,
     "MissingRequiredHeader": 400,
     "MissingRequiredQueryParameter": 400,

@@ -37,7 +37,7 @@ class PageOps(StoreCore):
             refuse_pending(old)
             with self.catalog.transaction():
                 store = self.catalog.new_store(PAGE_BLOB)
-                row = self.replacement(container, name, PAGE_BLOB, store, size, old)
+                row = self.replacement(container, name, PAGE_BLOB, store, size=size, old=old)
                 row.seq = seq
                 row.props, row.metadata = props or {}, metadata or {}
                 self.catalog.save_blob(row)
@@ -46,28 +46,43 @@ class PageOps(StoreCore):
             return row
 
     def put_pages(
-        self, container: str, name: str, start: int, data: bytes | bytearray | memoryview, cond: Conditions = NONE
+        self,
+        container: str,
+        name: str,
+        start: int,
+        data: bytes | bytearray | memoryview,
+        cond: Conditions = NONE,
     ) -> BlobRow:
         """Put Page (update). Atomic: all of it or nothing is in the blob, also after a crash."""
         if len(data) > MAX_PUT_PAGE:
-            raise StorageError("RequestBodyTooLarge", "Put Page takes at most 4 MiB.", headers={"x-ms-max": "4194304"})
+            raise StorageError(
+                "RequestBodyTooLarge", "Put Page takes at most 4 MiB.", headers={"x-ms-max": "4194304"}
+            )
         return self._mutate(
-            container, name, start, start + len(data), cond, lambda p, row: p.plan_write(row.gen, start, data)
+            container,
+            name,
+            (start, start + len(data)),
+            cond,
+            lambda p, row: p.plan_write(row.gen, start, data),
         )
 
-    def clear_pages(self, container: str, name: str, start: int, end: int, cond: Conditions = NONE) -> BlobRow:
+    def clear_pages(
+        self, container: str, name: str, start: int, end: int, cond: Conditions = NONE
+    ) -> BlobRow:
         """Put Page (clear) of [start, end), any length."""
-        return self._mutate(container, name, start, end, cond, lambda p, row: p.plan_clear(row.gen, start, end))
+        return self._mutate(
+            container, name, (start, end), cond, lambda p, row: p.plan_clear(row.gen, start, end)
+        )
 
     def _mutate(
         self,
         container: str,
         name: str,
-        start: int,
-        end: int,
+        span: tuple[int, int],
         cond: Conditions,
         plan: Callable[[PageStore, BlobRow], Change],
     ) -> BlobRow:
+        start, end = span
         if start % PAGE or end % PAGE or start >= end:
             raise StorageError("InvalidPageRange", "The page range is not aligned to 512 bytes.")
         with self.path_lock(container, name):
@@ -132,9 +147,13 @@ class PageOps(StoreCore):
         if then is None:
             raise StorageError("PreviousSnapshotNotFound", "The previous snapshot is not found.")
         if row.snapshot and prev > row.snapshot:
-            raise StorageError("PreviousSnapshotCannotBeNewer", "The previous snapshot is newer than the snapshot.")
+            raise StorageError(
+                "PreviousSnapshotCannotBeNewer", "The previous snapshot is newer than the snapshot."
+            )
         if then.store != row.store:
-            raise StorageError("BlobOverwritten", "The blob has been overwritten since the previous snapshot.")
+            raise StorageError(
+                "BlobOverwritten", "The blob has been overwritten since the previous snapshot."
+            )
         return then
 
     def resize(self, row: BlobRow, size: int) -> None:
@@ -170,7 +189,7 @@ class PageOps(StoreCore):
     # --- shared with the other operations -------------------------------------------------------------------
 
     def replacement(
-        self, container: str, name: str, kind: str, store: int, size: int, old: BlobRow | None
+        self, container: str, name: str, kind: str, store: int, *, size: int, old: BlobRow | None
     ) -> BlobRow:
         """A fresh base row that takes the place of `old` (same row id and lease)."""
         row = BlobRow(container, name, kind, store, size, "", 0.0, self.clock())

@@ -60,13 +60,21 @@ class Change:
         """Write the change into an open transaction."""
         if self.deletes:
             db.executemany(
-                "DELETE FROM chunks WHERE store=? AND chunk=? AND gen=?", [(store, c, g) for c, g in self.deletes]
+                "DELETE FROM chunks WHERE store=? AND chunk=? AND gen=?",
+                [(store, c, g) for c, g in self.deletes],
             )
         if self.upserts:
             db.executemany(
                 "INSERT OR REPLACE INTO chunks VALUES(?,?,?,?,?,?)",
                 [
-                    (store, c, v.gen, v.slot, v.valid.to_bytes(16, "little"), v.written.to_bytes(16, "little"))
+                    (
+                        store,
+                        c,
+                        v.gen,
+                        v.slot,
+                        v.valid.to_bytes(16, "little"),
+                        v.written.to_bytes(16, "little"),
+                    )
                     for c, v in self.upserts.items()
                 ],
             )

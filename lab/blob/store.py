@@ -88,7 +88,9 @@ class BlobStore(CopyOps):
         """
         target = parse_url(url)
         if target.account != self.account:
-            raise BlobNotFound("ResourceNotFound", f"The storage account {target.account} does not exist here.")
+            raise BlobNotFound(
+                "ResourceNotFound", f"The storage account {target.account} does not exist here."
+            )
         if "sig" in target.query:
             check_sas(self, target, permission="r", resource="o")
         return self.open(target.container, target.blob, target.query.get("snapshot", ""))
@@ -100,7 +102,9 @@ class BlobStore(CopyOps):
 
     def create_container(self, name: str, metadata: dict[str, str] | None = None) -> ContainerRow:
         if not _CONTAINER_NAME.match(name):
-            raise StorageError("InvalidResourceName", "The specified resource name contains invalid characters.")
+            raise StorageError(
+                "InvalidResourceName", "The specified resource name contains invalid characters."
+            )
         row = ContainerRow(name, "", 0.0, metadata or {})
         with self.catalog.transaction():
             if self.catalog.container(name) is not None:
@@ -135,7 +139,9 @@ class BlobStore(CopyOps):
             self.catalog.save_container(row)
         return row
 
-    def list_containers(self, prefix: str = "", marker: str = "", limit: int = 5000) -> tuple[list[ContainerRow], str]:
+    def list_containers(
+        self, prefix: str = "", marker: str = "", limit: int = 5000
+    ) -> tuple[list[ContainerRow], str]:
         rows = [r for r in self.catalog.containers(prefix) if r.name >= marker]
         return rows[:limit], rows[limit].name if len(rows) > limit else ""
 
@@ -197,7 +203,9 @@ class BlobStore(CopyOps):
             return snap
 
     def _premium_rules(self, base: BlobRow, now: float) -> None:
-        if base.kind != PAGE_BLOB or (self.premium.max_snapshots is None and self.premium.min_interval is None):
+        if base.kind != PAGE_BLOB or (
+            self.premium.max_snapshots is None and self.premium.min_interval is None
+        ):
             return
         snaps = self.catalog.snapshots(base.container, base.name)
         if self.premium.max_snapshots is not None and len(snaps) >= self.premium.max_snapshots:
@@ -205,7 +213,9 @@ class BlobStore(CopyOps):
         if snaps and self.premium.min_interval is not None:
             taken = self.catalog.get_meta(f"snapped:{base.path}")
             if taken is not None and now - float(taken) < self.premium.min_interval:
-                raise StorageError("SnapshotOperationRateExceeded", "The rate of snapshot operations is exceeded.")
+                raise StorageError(
+                    "SnapshotOperationRateExceeded", "The rate of snapshot operations is exceeded."
+                )
         self.catalog.set_meta(f"snapped:{base.path}", str(now))
 
     def delete(
@@ -228,7 +238,9 @@ class BlobStore(CopyOps):
             if row.copy is not None and row.copy.status == "pending":
                 raise StorageError("PendingCopyOperation", "There is currently a pending copy operation.")
             if snaps and snapshots != "include":
-                raise StorageError("SnapshotsPresent", "This operation is not permitted while the blob has snapshots.")
+                raise StorageError(
+                    "SnapshotsPresent", "This operation is not permitted while the blob has snapshots."
+                )
             self._remove([*snaps, row])
 
     def _remove(self, rows: list[BlobRow]) -> None:
@@ -241,7 +253,9 @@ class BlobStore(CopyOps):
 
     # --- properties, leases ---------------------------------------------------------------------------------
 
-    def set_metadata(self, container: str, name: str, metadata: dict[str, str], cond: Conditions = NONE) -> BlobRow:
+    def set_metadata(
+        self, container: str, name: str, metadata: dict[str, str], cond: Conditions = NONE
+    ) -> BlobRow:
         with self.path_lock(container, name):
             row = self.need_blob(container, name)
             self.check_writable(row, cond)
@@ -339,4 +353,3 @@ class BlobStore(CopyOps):
         """Disk space of a page blob and the snapshots that share its store."""
         row = self.need_pages(container, name)
         return self.pages(row.store).allocated
-

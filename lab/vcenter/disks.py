@@ -36,6 +36,8 @@ class Link:
         self.path = path
         self.map_path = map_path
         self.capacity = capacity
+        self.generation = 0
+        """Counts up whenever what the link holds may change under a reader: fold, upload, power on."""
         self._fd: int | None = None
         self._present: Bitmap | None = None
 
@@ -92,6 +94,7 @@ class Disk:
         self.controller: int = record.get("controller", 1000)
         self.label: str = record["label"]
         self.stem: str = record["stem"]
+        self.datastore: str = record.get("datastore", "")
         self.uuid: str = record["uuid"]
         self.capacity: int = record["capacity"]
         self.mode: str = record.get("mode", "persistent")
@@ -114,6 +117,7 @@ class Disk:
             "controller": self.controller,
             "label": self.label,
             "stem": self.stem,
+            "datastore": self.datastore,
             "uuid": self.uuid,
             "capacity": self.capacity,
             "mode": self.mode,
@@ -236,29 +240,49 @@ class Disk:
             if n != self.live and n not in owned and (n != BASE or self._children(n)) and len(self._children(n)) <= 1
         ]
 
-    def fold(self, number: int) -> tuple[int | None, Link]:
-        """Merge the only child of `number` into it, or drop it when it has none.
+    def copy_down(self, number: int) -> None:
+        """First half of a fold: copy what the only child of `number` holds into it.
 
-        Returns (the child whose identity `number` takes over or None, the link whose files may go once the tree is
-        persisted). Repeating it after a kill is harmless: until the tree is persisted, the child still hides what was
-        copied.
+        Harmless to repeat after a kill: until `adopt` is persisted, the child still hides what was copied.
         """
         children = self._children(number)
         if not children:
-            return None, self.links.pop(number)
-        child = self.links[children[0]]
-        target = self.links[number]
+            return
+        child, target = self.links[children[0]], self.links[number]
+        target.generation += 1
         for offset, size in _present_runs(child):
             for start in range(offset, offset + size, _COPY_STEP):
                 length = min(_COPY_STEP, offset + size - start)
                 _pwrite(target.fd, _pread(child.fd, length, start), start)
         target.present.merge(child.present.to_int())
-        for grandchild in self._children(child.number):
-            self.links[grandchild].parent = number
-        del self.links[child.number]
+
+    def adopt(self, number: int) -> tuple[int | None, Link]:
+        """Second half: `number` takes its child's place in the tree, or goes when it has none.
+
+        Returns (the child it replaces or None, the link whose files may go once the tree is persisted).
+        """
+        children = self._children(number)
+        if not children:
+            return None, self.links.pop(number)
+        child = self.links.pop(children[0])
+        for link in self.links.values():
+            if link.parent == child.number:
+                link.parent = number
         if self.live == child.number:
             self.live = number
         return child.number, child
+
+    def has_children(self, number: int) -> bool:
+        return bool(self._children(number))
+
+    def fold_bytes(self, number: int) -> int:
+        """Bytes that folding `number` copies."""
+        return sum(size for child in self._children(number) for _, size in _present_runs(self.links[child]))
+
+    @property
+    def trackable(self) -> bool:
+        """Whether change tracking works for this kind of disk."""
+        return self.backing == "flat" and not self.mode.startswith("independent")
 
     def extend(self, capacity: int) -> None:
         """Grow a disk that has only its base link."""
@@ -271,6 +295,7 @@ class Disk:
     def replace_base(self, upload: Path) -> None:
         """Put a whole new extent in place (datastore upload). Change tracking does not see it, as in reality."""
         link = self.links[BASE]
+        link.generation += 1
         link.close()
         upload.replace(link.path)
         os.truncate(link.path, self.capacity)

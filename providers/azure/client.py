@@ -13,7 +13,6 @@ from azure.identity.aio import ClientSecretCredential
 from azure.mgmt.compute.aio import ComputeManagementClient
 from azure.mgmt.network.aio import NetworkManagementClient
 from azure.storage.blob.aio import ContainerClient
-
 from farshore.providers.azure.settings import AzureSettings
 
 CONNECT_SECONDS = 10.0

@@ -35,6 +35,8 @@ class AzureSettings:
     polling_interval: float = 5.0  # between polls of an operation where Azure gives no Retry-After
     checkpoint_interval: float = 3.0  # longest silence towards the caller's checkpoint while a step waits
     visibility_grace: float = 300.0  # after our own create, a 404 within this time is lag, not drift
-    copy_before_import: bool = True  # False: import the blob snapshot's own address (unconfirmed on real Azure)
+    copy_before_import: bool = (
+        True  # False: import the blob snapshot's own address (unconfirmed on real Azure)
+    )
     disk_sku: str = "StandardSSD_LRS"
     removal_parallel: int = 8  # deletions at a time inside one kind of resource

@@ -6,7 +6,7 @@ Classification is by the type of the fault (a fault's subclasses go with it), ne
 from __future__ import annotations
 
 import ssl
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from http.client import HTTPException
 from typing import Any
@@ -35,7 +35,11 @@ def fault_text(fault: Any) -> str:
 
 # First match wins, so a subclass stands before its base. The last field overrides the catalogue's "retryable".
 _TABLE: tuple[tuple[Any, Code, bool | None], ...] = (
-    (vim.fault.NotAuthenticated, Code.ACCESS_DENIED, True),  # the session died twice in a row: try again later
+    (
+        vim.fault.NotAuthenticated,
+        Code.ACCESS_DENIED,
+        True,
+    ),  # the session died twice in a row: try again later
     (vim.fault.InvalidLogin, Code.ACCESS_DENIED, None),
     (vim.fault.NoPermission, Code.ACCESS_DENIED, None),
     (vim.fault.TaskInProgress, Code.SOURCE_BUSY, None),
@@ -45,12 +49,18 @@ _TABLE: tuple[tuple[Any, Code, bool | None], ...] = (
     (vmodl.fault.HostCommunication, Code.SOURCE_UNREACHABLE, None),  # vCenter lives, the host does not
     (vim.fault.HostConnectFault, Code.SOURCE_UNREACHABLE, None),
     (vim.fault.Timedout, Code.SOURCE_BUSY, None),
-    (vmodl.fault.ManagedObjectNotFound, Code.SOURCE_MACHINE_NOT_FOUND, True),  # asked anew, it is looked up anew
+    (
+        vmodl.fault.ManagedObjectNotFound,
+        Code.SOURCE_MACHINE_NOT_FOUND,
+        True,
+    ),  # asked anew, it is looked up anew
     (vim.fault.SnapshotFault, Code.SNAPSHOT_FAILED, None),
 )
 
 
-def classify(exc: BaseException, *, doing: str, subject: str = "", fallback: Code = Code.SOURCE_BUSY) -> FarshoreError:
+def classify(
+    exc: BaseException, *, doing: str, subject: str = "", fallback: Code = Code.SOURCE_BUSY
+) -> FarshoreError:
     """The FarshoreError for `exc`, which happened while `doing` (a participle phrase: "removing the snapshot").
 
     `fallback` is the code of faults that the table does not know; it is made retryable when the catalogue says so.
@@ -62,23 +72,30 @@ def classify(exc: BaseException, *, doing: str, subject: str = "", fallback: Cod
             Code.CONFIGURATION_INVALID,
             f"The certificate of vCenter is not trusted while {doing}: {exc.verify_message or exc}.",
             subject=subject,
-            causes=("The certificate was renewed.", "The CA file or thumbprint in the settings is not vCenter's."),
+            causes=(
+                "The certificate was renewed.",
+                "The CA file or thumbprint in the settings is not vCenter's.",
+            ),
             action="Compare the certificate with the settings of the site and correct them.",
         )
     if isinstance(exc, NETWORK_ERRORS):
         what = f"{type(exc).__name__}: {exc}" if str(exc) else type(exc).__name__
-        return FarshoreError(Code.SOURCE_UNREACHABLE, f"vCenter does not answer while {doing}: {what}.", subject=subject)
+        return FarshoreError(
+            Code.SOURCE_UNREACHABLE, f"vCenter does not answer while {doing}: {what}.", subject=subject
+        )
     if isinstance(exc, vmodl.MethodFault):
         text = f"vSphere refused while {doing}: {fault_text(exc)}."
         for kind, code, retryable in _TABLE:
             if isinstance(exc, kind):
                 return FarshoreError(code, text, subject=subject, retryable=retryable)
         return FarshoreError(fallback, text, subject=subject, details={"fault": type(exc).__name__})
-    return FarshoreError(Code.INTERNAL, f"Unexpected {type(exc).__name__} while {doing}: {exc}", subject=subject)
+    return FarshoreError(
+        Code.INTERNAL, f"Unexpected {type(exc).__name__} while {doing}: {exc}", subject=subject
+    )
 
 
 @contextmanager
-def reported(doing: str, subject: str = "", fallback: Code = Code.SOURCE_BUSY) -> Iterator[None]:
+def reported(doing: str, subject: str = "", fallback: Code = Code.SOURCE_BUSY) -> Generator[None]:
     """Turn what fails inside into a FarshoreError; what a checkpoint raises to cancel a step passes untouched."""
     try:
         yield

@@ -23,7 +23,9 @@ class VSphereSettings:
     ca_file: str | None = None
     thumbprint: str | None = None
     datacenter: str | None = None  # inventory path; None: machines of all datacenters
-    encode_twice: bool = False  # percent-encode dcPath and dsName twice in /folder requests, as some servers want
+    encode_twice: bool = (
+        False  # percent-encode dcPath and dsName twice in /folder requests, as some servers want
+    )
     max_connections: int = 4  # to /folder, over all machines of the site
     read_chunk: int = 4 * MIB  # longest single range request
     connect_timeout: float = 5.0

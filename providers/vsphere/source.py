@@ -1,0 +1,382 @@
+"""A vSphere machine as a source of the replication engine: snapshot, changed areas, bytes.
+
+The rules are those of the vSphere reference, A.4 to A.6. The frozen links under our snapshot are what is read, and the
+device list of the *snapshot* names them: the machine's own list names the live links and their change ids.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+from farshore.domain.errors import Code, FarshoreError
+from farshore.domain.points import Consistency
+from farshore.providers.ports import Power
+from farshore.providers.vsphere import areas, descriptor, readiness
+from farshore.providers.vsphere import machine as machines
+from farshore.providers.vsphere.client import Client, Tick, no_tick
+from farshore.providers.vsphere.errors import fault_text, vim, vmodl
+from farshore.providers.vsphere.folder import Folder, Place
+from farshore.providers.vsphere.inventory import Entry, Inventory
+from farshore.providers.vsphere.machine import PREFIX, Machine, SnapshotEntry
+from farshore.providers.vsphere.snapshots import Snapshots, best_effort
+from farshore.replication.ports import DiskState, Extent, FullCopyNeeded
+
+MEMORY = 256  # change ids whose time is remembered
+REVERT_MEMORY = timedelta(days=7)  # how far back a source without memory looks for reverts
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class _Disk:
+    """A frozen disk: its state, its device and where its bytes are."""
+
+    state: DiskState
+    device_key: int
+    extents: tuple[descriptor.FlatExtent, ...]
+    place: Place
+
+
+class VSphereSource:
+    """Fills `replication.ports.Source` for one machine. Blocking; not for two threads at once (its cuts are)."""
+
+    def __init__(
+        self,
+        client: Client,
+        inventory: Inventory,
+        folder: Folder,
+        *,
+        machine: str,
+        source: str,
+        datastore_types: Callable[[Machine], dict[str, str]],
+        tick: Tick = no_tick,
+    ) -> None:
+        self._client, self._inventory, self._folder = client, inventory, folder
+        self._name, self._source, self._tick = machine, source, tick
+        self._datastore_types = datastore_types
+        self._descriptors: dict[tuple[str, str, int], tuple[descriptor.FlatExtent, ...]] = {}
+        self._created: dict[
+            tuple[str, str], datetime
+        ] = {}  # by disk key and change id: when, by the server's clock
+
+    def cut(self, name: str, *, want: Consistency) -> VSphereCut:
+        """Take one snapshot over all disks, after removing what a predecessor left.
+
+        A snapshot of the same name that is already there is *not* used: it may be older than this call, and a cut
+        must not be older than the moment it was asked for.
+
+        SourceNotEligible names disk and reason; SnapshotFailed, SourceBusy, SourceUnreachable, AccessDenied.
+        """
+        if not name.startswith(PREFIX):
+            raise ValueError(f"snapshot name {name!r} does not begin with {PREFIX!r}")
+        entry = self._inventory.find(self._source)
+        snapshots = Snapshots(self._client, entry, tick=self._tick)
+        snapshots.clear(name)
+        machine = machines.read(self._client, entry, doing="preparing a snapshot")
+        if machine.consolidation_needed:
+            snapshots.consolidate()
+            machine = machines.read(self._client, entry, doing="preparing a snapshot")
+        self._check(machine)
+        quiesce = want is not Consistency.CRASH and machine.power is Power.ON and machine.tools_running
+        asked = datetime.now(UTC)
+        node = snapshots.create(
+            name, f"Farshore replicates {self._name}; removed by itself.", quiesce=quiesce
+        )
+        try:
+            taken = self._taken_at(node, asked)
+            disks = self._freeze(machine, node)
+        except BaseException:  # also a cancel: the snapshot must not stay
+            best_effort(lambda: snapshots.remove(node.reference, name), f"removal of snapshot {name}")
+            raise
+        for disk in disks.values():
+            if disk.state.tracker is not None:
+                self._created[disk.state.key, disk.state.tracker] = node.created
+        while len(self._created) > MEMORY:
+            del self._created[next(iter(self._created))]
+        return VSphereCut(
+            self._client,
+            self._folder,
+            snapshots,
+            entry=entry,
+            node=node,
+            taken_at=taken,
+            consistency=_achieved(node, machine),
+            disks=disks,
+            reverted=self._reverted,
+        )
+
+    def reap(self) -> list[str]:
+        """Remove all snapshots with our prefix from this machine; returns their names."""
+        return Snapshots(self._client, self._inventory.find(self._source), tick=self._tick).clear()
+
+    def close(self) -> None:
+        """Nothing is held: the session belongs to the site."""
+        self._descriptors.clear()
+
+    # -- inside --------------------------------------------------------------------------------------------------
+
+    def _check(self, machine: Machine) -> None:
+        name = machine.name
+        if not machine.connected:
+            raise FarshoreError(
+                Code.SOURCE_UNREACHABLE, f"vCenter has no connection to the host of {name}.", subject=name
+            )
+        reason = readiness.machine_reason(machine)
+        if reason:
+            raise FarshoreError(
+                Code.SOURCE_NOT_ELIGIBLE, f"{name} cannot be replicated: {reason}.", subject=name
+            )
+
+    def _freeze(self, machine: Machine, node: SnapshotEntry) -> dict[str, _Disk]:
+        values = self._client.read(
+            node.reference, ("config.hardware",), doing="reading the frozen disks", subject=machine.name
+        )
+        devices = list(values["config.hardware"].device)
+        types = self._datastore_types(machine)
+        found: dict[str, _Disk] = {}
+        for device in machines.disks_of(devices):
+            verdict = readiness.judge(device, types)
+            if verdict.skipped:
+                continue
+            where = f"{machines.label(device)} ({device.backing.fileName}) of {machine.name}"
+            reason = verdict.reason
+            if not reason and device.backing.parent is not None:
+                reason = "its frozen link lies on top of another one (a snapshot or an unfinished consolidation below)"
+            extents: tuple[descriptor.FlatExtent, ...] = ()
+            if not reason:
+                try:
+                    extents = self._extents(machine.entry, device)
+                except descriptor.UnreadableDisk as exc:
+                    reason = str(exc)
+            if reason:
+                raise FarshoreError(
+                    Code.SOURCE_NOT_ELIGIBLE, f"{where} cannot be replicated: {reason}.", subject=machine.name
+                )
+            state = state_of(device, boot=device.key == machine.boot_key)
+            found[state.key] = _Disk(
+                state,
+                int(device.key),
+                extents,
+                Place.parse(machine.entry.datacenter, str(device.backing.fileName)),
+            )
+        if not found:
+            raise FarshoreError(
+                Code.SOURCE_NOT_ELIGIBLE,
+                f"{machine.name} has no disk that snapshots include.",
+                subject=machine.name,
+            )
+        return found
+
+    def _extents(self, entry: Entry, device: Any) -> tuple[descriptor.FlatExtent, ...]:
+        key = (str(device.backing.fileName), str(device.backing.uuid or ""), machines.capacity(device))
+        known = self._descriptors.get(key)
+        if known is None:
+            known = read_descriptor(self._folder, entry, device)
+            self._descriptors[key] = known
+        return known
+
+    def _reverted(self, node: SnapshotEntry, since: DiskState) -> str:
+        """When and that the machine was reverted after the cut of `since`; "" when it was not.
+
+        What a revert does to change ids is not documented, so it means a full comparison. Asked of the event log,
+        since the cut of `since`, or for the last days where this process did not make that cut.
+        """
+        entry = self._inventory.find(self._source)
+        begin = self._created.get((since.key, str(since.tracker)), node.created - REVERT_MEMORY)
+        wanted = vim.event.EventFilterSpec(
+            entity=vim.event.EventFilterSpec.ByEntity(entity=entry.reference, recursion="self"),
+            time=vim.event.EventFilterSpec.ByTime(beginTime=begin),
+        )
+        events = self._client.call(
+            "asking for reverts",
+            lambda: self._client.content.eventManager.QueryEvents(wanted),
+            subject=entry.name,
+        )
+        for event in events or ():
+            info = getattr(event, "info", None)  # of a TaskEvent
+            if "revert" in str(getattr(info, "descriptionId", "") or "").lower():
+                return f"the machine was reverted to a snapshot at {machines.utc(event.createdTime):%Y-%m-%d %H:%M:%SZ}"
+        return ""
+
+    @staticmethod
+    def _taken_at(node: SnapshotEntry, asked: datetime) -> datetime:
+        """The instant of the cut by this worker's clock, never later than the truth.
+
+        The server's time is used when its clock can be right; else the moment of the request.
+        """
+        return node.created if asked <= node.created <= datetime.now(UTC) else asked
+
+
+class VSphereCut:
+    """Fills `replication.ports.SourceCut`. Reads may come from several threads."""
+
+    def __init__(
+        self,
+        client: Client,
+        folder: Folder,
+        snapshots: Snapshots,
+        *,
+        entry: Entry,
+        node: SnapshotEntry,
+        taken_at: datetime,
+        consistency: Consistency,
+        disks: dict[str, _Disk],
+        reverted: Callable[[SnapshotEntry, DiskState], str],
+    ) -> None:
+        self._client, self._folder, self._snapshots = client, folder, snapshots
+        self._entry, self._node = entry, node
+        self._snapshot: Any = client.bind(node.reference)
+        self._taken_at, self._consistency = taken_at, consistency
+        self._disks = disks
+        self._reverted = reverted
+        self._released = False
+        self._release_lock = threading.Lock()
+        self._frozen_lock = threading.Lock()
+        self._frozen_until = float("-inf")  # the snapshot was seen to exist at this moment or later
+
+    @property
+    def name(self) -> str:
+        return self._node.name
+
+    @property
+    def taken_at(self) -> datetime:
+        return self._taken_at
+
+    @property
+    def consistency(self) -> Consistency:
+        return self._consistency
+
+    @property
+    def disks(self) -> Sequence[DiskState]:
+        return [disk.state for disk in self._disks.values()]
+
+    def changed(self, disk_key: str, since: DiskState | None) -> Iterator[Extent]:
+        """All answers are read and checked before the first extent is handed out. See `SourceCut.changed`."""
+        disk = self._disks[disk_key]
+        size = disk.state.size
+        if since is None:
+            return iter([Extent(0, size)] if size else [])
+        reason = resync_reason(disk.state, since) or self._reverted(self._node, since)
+        if reason:
+            raise FullCopyNeeded(reason)
+        try:
+            return iter(areas.collect(size, lambda offset: self._query(disk, offset, str(since.tracker))))
+        except areas.NotCovered as exc:
+            raise FullCopyNeeded(f"the answer of change tracking has a gap: {exc}") from exc
+
+    def _query(self, disk: _Disk, offset: int, change_id: str) -> areas.Window:
+        doing = f"asking for changed areas of {disk.state.label}"
+
+        def ask() -> Any:
+            try:
+                return self._entry.reference.QueryChangedDiskAreas(
+                    self._snapshot, disk.device_key, offset, change_id
+                )
+            except (vmodl.fault.InvalidArgument, vim.fault.FileFault) as exc:
+                raise FullCopyNeeded(f"change tracking cannot answer: {fault_text(exc)}") from exc
+
+        info = self._client.call(doing, ask, subject=self._entry.name)
+        return areas.Window(
+            int(info.startOffset), int(info.length), [(int(a.start), int(a.length)) for a in info.changedArea]
+        )
+
+    def read(self, disk_key: str, offset: int, length: int) -> bytes:
+        """Exactly `length` bytes of the frozen disk. SourceReadFailed, also when the snapshot vanished meanwhile."""
+        disk = self._disks[disk_key]
+        if offset < 0 or length < 0 or offset + length > disk.state.size:
+            raise ValueError(
+                f"range {offset}+{length} is outside {disk.state.label} ({disk.state.size} bytes)"
+            )
+        found = [
+            self._folder.read(disk.place.sibling(file), start, size, subject=self._entry.name)
+            for file, start, size in descriptor.pieces(disk.extents, offset, length)
+        ]
+        self._still_frozen(time.monotonic())
+        return found[0] if len(found) == 1 else b"".join(found)
+
+    def _still_frozen(self, read_at: float) -> None:
+        """What was read is of this cut only if the snapshot still exists *after* the read.
+
+        Somebody else may remove it at any time ("delete all snapshots"), and then the same file holds newer bytes.
+        Threads that wait here share one question, if it was asked after their read.
+        """
+        with self._frozen_lock:
+            if self._frozen_until >= read_at:
+                return
+            asked = time.monotonic()
+            try:
+                self._client.read(self._snapshot, ("vm",), doing=f"reading under snapshot {self.name}")
+            except FarshoreError as exc:
+                if exc.code is not Code.SOURCE_MACHINE_NOT_FOUND:
+                    raise
+                raise FarshoreError(
+                    Code.SOURCE_READ_FAILED,
+                    f"Snapshot {self.name} of {self._entry.name} vanished while it was read; nothing read is used.",
+                    subject=self._entry.name,
+                    causes=("Somebody deleted the snapshots of the machine.",),
+                ) from exc
+            self._frozen_until = asked
+
+    def release(self) -> None:
+        """Remove the snapshot and fold its links. Idempotent."""
+        with self._release_lock:
+            if not self._released:
+                self._snapshots.remove(self._node.reference, self.name)
+                self._released = True
+
+
+# -- rules -------------------------------------------------------------------------------------------------------
+
+
+def state_of(device: Any, *, boot: bool) -> DiskState:
+    """The state of a frozen disk. The frozen link under our snapshot is the base, so its path is stable."""
+    backing = device.backing
+    return DiskState(
+        key=str(device.key),
+        label=machines.label(device),
+        size=machines.capacity(device),
+        identity=f"{backing.uuid or ''}|{backing.fileName}|{device.key}",
+        tracker=getattr(backing, "changeId", None) or None,
+        boot=boot,
+    )
+
+
+def resync_reason(now: DiskState, since: DiskState) -> str:
+    """Why deltas since `since` cannot be trusted (reference, A.6); "" when they can."""
+    label = now.label
+    if not since.tracker:
+        return f"{label} had no change id at the last point"
+    if not now.tracker:
+        return f"change tracking of {label} is off or not ready"
+    if now.size != since.size:
+        return f"the size of {label} changed from {since.size} to {now.size} bytes"
+    if now.identity != since.identity:
+        return f"{label} is another disk or was moved: {since.identity} became {now.identity}"
+    if areas.epoch(now.tracker) != areas.epoch(since.tracker):
+        return f"change tracking of {label} was reset"
+    return ""
+
+
+def read_descriptor(folder: Folder, entry: Entry, device: Any) -> tuple[descriptor.FlatExtent, ...]:
+    """The extents of a disk's base link, out of its descriptor. UnreadableDisk with a reason for a person."""
+    place = Place.parse(entry.datacenter, str(machines.base_of(device.backing).fileName))
+    _, extents = descriptor.parse(folder.text(place, subject=entry.name))
+    covered = extents[-1].start + extents[-1].length
+    if covered != machines.capacity(device):
+        raise descriptor.UnreadableDisk(
+            f"its descriptor names {covered} bytes, the disk has {machines.capacity(device)}"
+        )
+    return extents
+
+
+def _achieved(node: SnapshotEntry, machine: Machine) -> Consistency:
+    """The label says what was achieved: VSS quiesces applications on Windows, elsewhere file systems are frozen."""
+    if not node.quiesced:
+        return Consistency.CRASH
+    return Consistency.APPLICATION if machine.windows else Consistency.FILE_SYSTEM

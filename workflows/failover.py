@@ -1,0 +1,763 @@
+"""Failover: a run of a recovery plan, of any kind. It pins the plan, checks the target, leads the groups through the
+stages of the kind's course, runs the plan's actions around them, and says at every moment what it is doing, what it
+waits for and what comes next.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+
+from temporalio import workflow
+from temporalio.common import Priority, SearchAttributePair, TypedSearchAttributes, VersioningBehavior
+from temporalio.exceptions import ActivityError, ApplicationError, ChildWorkflowError
+
+with workflow.unsafe.imports_passed_through():
+    from farshore.activities import messages as m
+    from farshore.activities import signatures as s
+    from farshore.contract import names
+    from farshore.contract.errors import error_view, to_application_error, view_to_application_error
+    from farshore.contract.machine import FenceKind, FenceToken
+    from farshore.contract.runs import (
+        Decision,
+        DecisionKind,
+        DecisionRecord,
+        ErrorView,
+        FailoverInput,
+        MachineProgress,
+        MachineResult,
+        Outcome,
+        PendingAction,
+        ResourceView,
+        RunKind,
+        RunProgress,
+        RunResult,
+        RunStatus,
+    )
+    from farshore.domain.errors import Code, FarshoreError
+    from farshore.plans.model import Action, BootGroup, ManualAction, Plan, ScriptAction
+    from farshore.workflows.failover_group import FailoverGroup
+    from farshore.workflows.messages import GroupReport, GroupRun, MachineReport, MachineRun, Proceed, StageOutcome
+    from farshore.workflows.policy import machine_spec
+    from farshore.workflows.stages import COURSES, Course, Order, Stage
+    from farshore.workflows.steps import run_step
+
+SLICE = 50
+"""Machines of one FailoverGroup: wider parents fight over their own lock (measured, reference/temporal.md §4)."""
+
+_FENCE = "fence"
+_PEOPLE = 2
+_PRIORITY = {RunKind.UNPLANNED: 1, RunKind.PLANNED: 2, RunKind.CANCEL: 2, RunKind.CHANGE_POINT: 2, RunKind.COMMIT: 3}
+
+
+class _Stop(Exception):
+    """The run ends here; the machines settle."""
+
+    def __init__(self, view: ErrorView) -> None:
+        super().__init__(view.message)
+        self.view = view
+
+
+@dataclass
+class _Part:
+    """A started FailoverGroup."""
+
+    id: str
+    group: str
+    machines: tuple[MachineRun, ...]
+    handle: workflow.ChildWorkflowHandle[FailoverGroup, list[MachineResult]]
+
+
+@workflow.defn(name=names.FAILOVER, versioning_behavior=VersioningBehavior.PINNED)
+class Failover:
+    """Start it with one JSON object: {"plan": "crm", "kind": "planned", "reason": "…"}."""
+
+    @workflow.init
+    def __init__(self, ask: FailoverInput) -> None:
+        self._ask = ask
+        self._course: Course = COURSES[ask.kind]
+        self._id = workflow.info().workflow_id
+        self._started = workflow.now()
+        self._plan: Plan | None = None
+        self._sha = ""
+        self._phase = "starting"
+        self._next = ""
+        self._parts: list[_Part] = []
+        self._reports: dict[tuple[str, str], GroupReport] = {}
+        self._rows: dict[str, MachineReport] = {}
+        self._group_of: dict[str, str] = {}
+        self._pending: dict[str, PendingAction] = {}
+        self._answers: dict[str, list[DecisionRecord]] = {}
+        self._decisions: list[DecisionRecord] = []
+        self._actions: list[str] = []
+        self._log: list[str] = []
+        self._errors: list[ErrorView] = []
+        self._abort: ErrorView | None = None
+        self._network_deleted: tuple[ResourceView, ...] = ()
+
+    # -- what people and children say -----------------------------------------------------------------------------
+
+    @workflow.signal(description="A group has ended a stage (from its workflow)")
+    def group_report(self, report: GroupReport) -> None:
+        self._reports[report.part, report.stage] = report
+        for row in report.machines:
+            self._rows[row.machine] = row
+        self._show()
+
+    @workflow.update(description="Approve or reject what the run waits for (action: the id in the current details)")
+    def decide(self, decision: Decision) -> str:
+        record = DecisionRecord(**decision.model_dump(), at=workflow.now())
+        self._answers.setdefault(decision.action, []).append(record)
+        self._decisions.append(record)
+        self._say(f"{decision.by}: {decision.decision.value} {decision.action} {decision.observation}".strip())
+        pending = self._pending[decision.action]
+        if decision.decision is DecisionKind.APPROVE:
+            pending = pending.model_copy(update={"given": (*pending.given, decision.by)})
+            self._pending[decision.action] = pending
+            missing = pending.needs - len(pending.given)
+            if missing > 0:
+                self._show()
+                return f"recorded; {missing} more approval needed from somebody else"
+        self._show()
+        return f"{decision.decision.value} recorded for {decision.action}"
+
+    @decide.validator
+    def _may_decide(self, decision: Decision) -> None:
+        pending = self._pending.get(decision.action)
+        if pending is None:
+            waits = ", ".join(self._pending) or "nothing"
+            raise to_application_error(
+                FarshoreError(
+                    Code.NO_PENDING_ACTION, f"{decision.action!r} is not pending; this run waits for {waits}."
+                )
+            )
+        if decision.by.casefold() in (given.casefold() for given in pending.given):
+            raise to_application_error(
+                FarshoreError(
+                    Code.ACTION_REJECTED,
+                    f"{decision.by} has approved already; a different person must confirm.",
+                    action="Let somebody else approve.",
+                )
+            )
+
+    @workflow.update(description="Stop the run before its next step; machines are left in named states")
+    def abort(self, decision: Decision) -> str:
+        self._abort = self._abort or _view(
+            Code.RUN_ABORTED, f"{decision.by} stopped the run. {decision.observation}".strip()
+        )
+        self._say(f"{decision.by}: stop")
+        self._show()
+        return "the run stops before its next step"
+
+    @workflow.query
+    def progress(self) -> RunProgress:
+        """Machines, phase, what is pending, the last lines of the log."""
+        rows: list[MachineProgress] = []
+        for machine, group in self._group_of.items():
+            row = self._rows.get(machine)
+            rows.append(
+                MachineProgress(
+                    machine=machine,
+                    group=group,
+                    stage=row.stage if row else "",
+                    outcome=row.outcome.value if row else "starting",
+                    note=row.note if row else "",
+                )
+            )
+        return RunProgress(
+            plan=self._ask.plan,
+            kind=self._ask.kind.value,
+            phase=self._phase,
+            started_at=self._started,
+            pending=tuple(self._pending.values()),
+            machines=tuple(rows),
+            log=tuple(self._log[-20:]),
+        )
+
+    # -- course ---------------------------------------------------------------------------------------------------
+
+    @workflow.run
+    async def run(self, ask: FailoverInput) -> RunResult:
+        """Lead the run to its end. Fails with RunFailed when the kind stops at errors or nothing succeeded."""
+        workflow.upsert_search_attributes(
+            [names.PLAN.value_set(ask.plan), names.KIND.value_set(ask.kind.value), names.STATE.value_set("Running")]
+        )
+        self._enter("loading the plan")
+        stopped: ErrorView | None = None
+        try:
+            pinned = await self._load()
+            await self._check_target(pinned)
+            network = await self._network(pinned)
+            await self._start_groups(pinned, network)
+            for stage in self._course.stages:
+                await self._stage(pinned, stage, network)
+        except _Stop as stop:
+            stopped = stop.view
+        except asyncio.CancelledError:
+            stopped = _view(Code.RUN_ABORTED, "The run was cancelled.")
+        except (ActivityError, ApplicationError, FarshoreError) as error:
+            stopped = error_view(error, subject=ask.plan, unreachable=Code.TARGET_UNREACHABLE)
+        return await self._finish(stopped)
+
+    async def _load(self) -> m.PinnedPlan:
+        ask = self._ask
+        pinned = await run_step(
+            s.LOAD_PLAN,
+            m.LoadPlan(plan=ask.plan, machines=tuple(dict.fromkeys([*ask.machines, *ask.points]))),
+            queue=names.CONTROL_QUEUE,
+            summary=f"Read and pin plan {ask.plan}",
+        )
+        self._plan, self._sha = pinned.plan, pinned.sha256
+        chosen = self._chosen(pinned.plan)
+        if ask.point.startswith("p-") and len(chosen) != 1:
+            raise FarshoreError(
+                Code.INVALID_INPUT,
+                f"A point id belongs to one machine, but this run has {len(chosen)}.",
+                action='Name the machine ("machines": ["…"]), or give a point for each in "points".',
+            )
+        workflow.upsert_search_attributes([names.SITE.value_set(pinned.plan.sites.target)])
+        return pinned
+
+    def _chosen(self, plan: Plan) -> tuple[str, ...]:
+        wanted = set(self._ask.machines)
+        return tuple(name for name in plan.machines if not wanted or name in wanted)
+
+    async def _check_target(self, pinned: m.PinnedPlan) -> None:
+        if self._ask.kind not in (RunKind.PLANNED, RunKind.TEST, RunKind.UNPLANNED):
+            return
+        self._enter("checking the target")
+        plan = pinned.plan
+        try:
+            findings = await run_step(
+                s.CHECK_TARGET,
+                m.CheckTargetCall(
+                    site=plan.sites.target, plan=plan, machines=self._chosen(plan), test=self._course.is_test
+                ),
+                queue=pinned.target_queue,
+                summary=f"Check {plan.sites.target}: networks, addresses, quota, names",
+            )
+        except ActivityError as error:
+            if self._ask.kind is not RunKind.UNPLANNED:
+                raise
+            findings = []
+            self._say(f"the check of the target failed: {error_view(error).message}")
+        bad = [f for f in findings if f.severity == "error"]
+        for finding in findings:
+            self._say(f"{finding.severity}: {finding.message}")
+        if bad and self._ask.kind is not RunKind.UNPLANNED:
+            raise FarshoreError(
+                Code.NOT_READY,
+                f"{plan.sites.target} is not ready: " + "; ".join(f.message for f in bad),
+                subject=self._ask.plan,
+                causes=tuple(dict.fromkeys(f.code for f in bad)),
+                action=" ".join(dict.fromkeys(f.action for f in bad)),
+            )
+
+    async def _network(self, pinned: m.PinnedPlan) -> str:
+        plan = pinned.plan
+        if self._ask.kind is not RunKind.TEST:
+            return plan.network.failover
+        if plan.network.test != "isolated":
+            return await run_step(
+                s.CHECK_ISOLATED,
+                m.IsolationCall(site=plan.sites.target, network=plan.network.test),
+                queue=pinned.target_queue,
+                summary=f"Check that {plan.network.test} is isolated",
+            )
+        self._enter("making the isolated test network")
+        return await run_step(
+            s.ENSURE_TEST_NETWORK,
+            m.TestNetworkCall(
+                site=plan.sites.target,
+                plan=plan.plan,
+                run=self._id,
+                machine="",
+                test=True,
+                like=(plan.network.failover,),
+            ),
+            queue=pinned.target_queue,
+            summary=f"Make an isolated network like {plan.network.failover}",
+        )
+
+    async def _start_groups(self, pinned: m.PinnedPlan, network: str) -> None:
+        self._enter("starting the groups")
+        chosen = set(self._chosen(pinned.plan))
+        for group in pinned.plan.boot:
+            members = [name for name in group.machines if name in chosen]
+            for index, slice_ in enumerate(_slices(members, SLICE)):
+                part = group.group if len(members) <= SLICE else f"{group.group}-{index + 1}"
+                runs = tuple(self._machine_run(pinned, name, group, network) for name in slice_)
+                handle = await workflow.start_child_workflow(
+                    FailoverGroup.run,
+                    GroupRun(
+                        run=self._id, kind=self._ask.kind, plan=self._ask.plan, group=group.group, part=part, machines=runs
+                    ),
+                    id=f"{self._id}/group/{part}",
+                    static_summary=f"{self._course.title}: group {part}, {len(runs)} machines",
+                    priority=Priority(priority_key=_PRIORITY.get(self._ask.kind, 4)),
+                    search_attributes=TypedSearchAttributes(
+                        [
+                            SearchAttributePair(names.PLAN, self._ask.plan),
+                            SearchAttributePair(names.KIND, self._ask.kind.value),
+                        ]
+                    ),
+                )
+                self._parts.append(_Part(part, group.group, runs, handle))
+                self._group_of.update(dict.fromkeys(slice_, part))
+
+    def _machine_run(self, pinned: m.PinnedPlan, name: str, group: BootGroup, network: str) -> MachineRun:
+        plan, ask = pinned.plan, self._ask
+        return MachineRun(
+            run=self._id,
+            kind=ask.kind,
+            plan=ask.plan,
+            machine=name,
+            group=group.group,
+            settings=plan.machines[name],
+            spec=machine_spec(pinned, name),
+            network=network,
+            choice=ask.points.get(name, ask.point),
+            guest_timeout=plan.shutdown.guest_timeout,
+            force_off=plan.shutdown.force,
+            try_shutdown=ask.shutdown,
+            accept_data_loss=ask.accept_data_loss,
+            named=name in ask.machines,
+        )
+
+    async def _stage(self, pinned: m.PinnedPlan, stage: Stage, network: str) -> None:
+        plan = pinned.plan
+        fences = await self._fences() if stage.name == "failover" and self._ask.kind is RunKind.UNPLANNED else ()
+        shutdown = stage.name == "shutdown"
+        if shutdown:
+            await self._run_actions(pinned, plan.shutdown.before, "shutdown, before", network)
+        order = stage.order
+        if shutdown and order is Order.REVERSE and plan.shutdown.order == "parallel":
+            order = Order.TOGETHER
+        for group, parts in self._in_order(plan, order):
+            boots = stage.name == "boot" and group is not None
+            if boots and group is not None:
+                await self._run_actions(pinned, group.before, f"group {group.group}, before", network)
+            where = f" — group {group.group}" if group is not None else ""
+            self._enter(f"{stage.title}{where}")
+            await self._lead(stage, parts, Proceed(stage=stage.name, network=network, fences=fences))
+            if boots and group is not None:
+                await self._run_actions(pinned, group.after, f"group {group.group}, after", network)
+        if shutdown:
+            await self._run_actions(pinned, plan.shutdown.after, "shutdown, after", network)
+        self._must_have_work(stage)
+
+    def _in_order(self, plan: Plan, order: Order) -> Iterable[tuple[BootGroup | None, list[_Part]]]:
+        if order is Order.TOGETHER:
+            return [(None, self._parts)]
+        groups = list(plan.boot) if order is Order.BOOT else list(reversed(plan.boot))
+        found = [(group, [p for p in self._parts if p.group == group.group]) for group in groups]
+        return [(group, parts) for group, parts in found if parts]
+
+    async def _lead(self, stage: Stage, parts: Sequence[_Part], word: Proceed) -> None:
+        """Send parts into a stage and wait until all have reported it."""
+        self._look_for_abort()
+        live = [p for p in parts if not p.handle.done()]
+        for part in live:
+            mine = {mr.machine for mr in part.machines}
+            fences = tuple(token for token in word.fences if token.machine in mine)
+            try:
+                await part.handle.signal("proceed", word.model_copy(update={"fences": fences}))
+            except ApplicationError:
+                workflow.logger.info("group %s had ended", part.id)
+        await workflow.wait_condition(
+            lambda: self._abort is not None
+            or all((p.id, stage.name) in self._reports or p.handle.done() for p in live)
+        )
+        self._look_for_abort()
+        failed = [
+            row
+            for part in live
+            if (part.id, stage.name) in self._reports
+            for row in self._reports[part.id, stage.name].machines
+            if row.outcome in (StageOutcome.FAILED, StageOutcome.STOPPED) and row.stage == stage.name
+        ]
+        for row in failed:
+            if row.error is not None:
+                self._errors.append(row.error)
+                self._say(f"{row.machine} failed: {row.error.message}")
+        if failed and (self._course.stops_at_error or (self._ask.kind is RunKind.TEST and stage.name == "prepare")):
+            first = failed[0].error or _view(Code.RUN_FAILED, failed[0].note)
+            raise _Stop(first)
+
+    def _must_have_work(self, stage: Stage) -> None:
+        rows = [self._rows.get(name) for name in self._group_of]
+        if all(row is not None and row.outcome is StageOutcome.SKIPPED for row in rows) and rows:
+            if self._course.stops_at_error or self._ask.kind is RunKind.UNPLANNED:
+                note = f"Every machine of {self._ask.plan} was left out: {self._course.skip_note}."
+            else:
+                note = f"No machine of {self._ask.plan} allows this: {self._course.skip_note}."
+            raise _Stop(_view(Code.OPERATION_NOT_ALLOWED, note))
+        if all(row is not None and row.outcome is not StageOutcome.DONE for row in rows) and rows:
+            first = self._errors[0] if self._errors else _view(Code.RUN_FAILED, f"No machine got past {stage.name}.")
+            raise _Stop(first)
+
+    # -- fences ---------------------------------------------------------------------------------------------------
+
+    async def _fences(self) -> tuple[FenceToken, ...]:
+        """People's word for the machines whose source gave no proof. Two different people, or nothing is promoted."""
+        unproven = sorted(
+            row.machine for row in self._rows.values() if row.needs_fence and row.outcome is StageOutcome.DONE
+        )
+        if not unproven:
+            return ()
+        given = [(c.by, c.statement) for c in self._ask.break_glass]
+        if len(given) < _PEOPLE:
+            answers = await self._wait_for(
+                _FENCE,
+                "Confirm that the source can't come back",
+                f"Nothing proves that {', '.join(unproven)} is off. If the source still writes, data will differ on both "
+                "sides. Two different people must confirm that the source site is down for good or cut off.",
+                needs=_PEOPLE,
+                timeout=None,
+                given=tuple(by for by, _ in given),
+            )
+            given += [(a.by, a.observation) for a in answers if a.decision is DecisionKind.APPROVE]
+        people = tuple(by for by, _ in given)
+        words = "; ".join(f"{by}: {text or 'confirmed'}" for by, text in given)
+        self._say(f"break-glass by {', '.join(people)} for {', '.join(unproven)}")
+        return tuple(
+            FenceToken(
+                machine=name,
+                run=self._id,
+                kind=FenceKind.BREAK_GLASS,
+                evidence=f"break-glass — {words}",
+                at=workflow.now(),
+                approvers=people,
+            )
+            for name in unproven
+        )
+
+    # -- actions --------------------------------------------------------------------------------------------------
+
+    async def _run_actions(self, pinned: m.PinnedPlan, actions: Sequence[Action], where: str, network: str) -> None:
+        for index, action in enumerate(actions):
+            if self._ask.kind.value not in action.on:
+                continue
+            self._look_for_abort()
+            try:
+                if isinstance(action, ManualAction):
+                    await self._manual(action)
+                else:
+                    await self._script(pinned, action, f"{where} {index + 1}")
+            except (ActivityError, FarshoreError, _Stop) as error:
+                view = error.view if isinstance(error, _Stop) else error_view(error, subject=where)
+                self._actions.append(f"{_title(action)}: failed — {view.message}")
+                self._errors.append(view)
+                policy = getattr(action, "on_failure", None)
+                stops = policy == "stop" or (policy is None and self._course.stops_at_error)
+                if stops or view.code in (Code.ACTION_REJECTED, Code.RUN_ABORTED):
+                    raise _Stop(view) from None
+                self._say(f"{_title(action)} failed, the run goes on: {view.message}")
+            else:
+                self._actions.append(f"{_title(action)}: done")
+
+    async def _manual(self, action: ManualAction) -> None:
+        key = _slug(action.manual)
+        number = 2
+        while key in self._answers or key in self._pending:
+            key = f"{_slug(action.manual)}-{number}"
+            number += 1
+        answers = await self._wait_for(
+            key, action.manual, action.instructions or "", needs=1, timeout=action.timeout
+        )
+        last = answers[-1]
+        if last.decision is DecisionKind.REJECT:
+            raise _Stop(_view(Code.ACTION_REJECTED, f"{last.by} rejected “{action.manual}”. {last.observation}".strip()))
+
+    async def _script(self, pinned: m.PinnedPlan, action: ScriptAction, where: str) -> None:
+        self._enter(f"script {action.script} ({where})")
+        key = f"{self._id}:{where}:{action.script}"
+        context = {
+            "plan": self._ask.plan,
+            "kind": self._ask.kind.value,
+            "run": self._id,
+            "machines": list(self._group_of),
+            "reason": self._ask.reason,
+        }
+        if action.where == "guest" and action.machine:
+            if action.machine not in self._group_of:
+                self._say(f"script {action.script} left out: {action.machine} is not in this run")
+                return
+            output = await run_step(
+                s.RUN_GUEST_SCRIPT,
+                await self._guest_call(pinned, action),
+                queue=pinned.target_queue,
+                summary=f"Run {action.script} in {action.machine}",
+                longer_by=action.timeout,
+            )
+        else:
+            output = await run_step(
+                s.RUN_WORKER_SCRIPT,
+                m.WorkerScript(
+                    plan=self._ask.plan,
+                    run=self._id,
+                    kind=self._ask.kind.value,
+                    action=where,
+                    script=action.script,
+                    args=tuple(action.args),
+                    timeout=action.timeout,
+                    key=key,
+                    context=context,
+                ),
+                queue=names.CONTROL_QUEUE,
+                summary=f"Run {action.script}",
+                longer_by=action.timeout,
+            )
+        if output.exit_code != 0:
+            text = (output.stderr or output.stdout).strip()[-300:]
+            raise FarshoreError(
+                Code.ACTION_FAILED, f"Script {action.script} ended with {output.exit_code}. {text}".strip(), subject=where
+            )
+        if output.stdout.strip():
+            self._say(f"{action.script}: {output.stdout.strip()[-200:]}")
+
+    async def _guest_call(self, pinned: m.PinnedPlan, action: ScriptAction) -> m.GuestScriptCall:
+        machine = action.machine or ""
+        text = await run_step(
+            s.READ_SCRIPT,
+            m.ReadScript(plan=self._ask.plan, script=action.script),
+            queue=names.CONTROL_QUEUE,
+            summary=f"Read {action.script}",
+        )
+        found = await run_step(
+            s.FIND_MACHINE,
+            m.OwnedCall(
+                site=pinned.plan.sites.target,
+                plan=self._ask.plan,
+                run=self._id,
+                machine=machine,
+                test=self._course.is_test,
+            ),
+            queue=pinned.target_queue,
+            summary=f"Find {machine}",
+        )
+        return m.GuestScriptCall(
+            site=pinned.plan.sites.target,
+            plan=self._ask.plan,
+            run=self._id,
+            machine=machine,
+            test=self._course.is_test,
+            script=text,
+            args=tuple(action.args),
+            timeout=action.timeout,
+            resource=found,
+        )
+
+    async def _wait_for(
+        self,
+        key: str,
+        title: str,
+        instructions: str,
+        *,
+        needs: int,
+        timeout: float | None,
+        given: tuple[str, ...] = (),
+    ) -> list[DecisionRecord]:
+        """Suspend the run until people have decided. Raises ActionTimeout, RunAborted."""
+        now = workflow.now()
+        until: datetime | None = now + timedelta(seconds=timeout) if timeout else None
+        self._pending[key] = PendingAction(
+            action=key, title=title, instructions=instructions, since=now, until=until, needs=needs, given=given
+        )
+        former = self._phase
+        self._enter(f"waiting for a person: {title}", state="Waiting for a person")
+
+        def decided() -> bool:
+            answers = self._answers.get(key, [])
+            return (
+                self._abort is not None
+                or any(a.decision is DecisionKind.REJECT for a in answers)
+                or len(self._pending[key].given) >= needs
+            )
+
+        try:
+            await workflow.wait_condition(
+                decided,
+                timeout=timedelta(seconds=timeout) if timeout else None,
+                timeout_summary=f"Manual action: {title}"[:200],
+            )
+        except TimeoutError:
+            raise FarshoreError(
+                Code.ACTION_TIMEOUT, f"Nobody decided on “{title}” within {timeout:.0f} s.", subject=key
+            ) from None
+        finally:
+            self._pending.pop(key, None)
+            self._enter(former, state="Running")
+        self._look_for_abort()
+        answers = self._answers.get(key, [])
+        refused = next((a for a in answers if a.decision is DecisionKind.REJECT), None)
+        if refused is not None and key == _FENCE:
+            raise _Stop(_view(Code.FENCE_NOT_PROVEN, f"{refused.by} did not confirm the fence. {refused.observation}"))
+        return answers
+
+    # -- end ------------------------------------------------------------------------------------------------------
+
+    async def _finish(self, stopped: ErrorView | None) -> RunResult:
+        if stopped is not None:
+            self._say(f"stopped: {stopped.message}")
+            self._enter("stopping: machines record their state")
+            for part in self._parts:
+                if not part.handle.done():
+                    try:
+                        await part.handle.signal("stop", stopped.message)
+                    except ApplicationError:
+                        workflow.logger.info("group %s had ended", part.id)
+        machines = await self._results()
+        if self._ask.kind is RunKind.CLEANUP and stopped is None:
+            await self._remove_network(machines)
+        if stopped is not None and self._ask.kind is RunKind.TEST and not self._parts:
+            pass  # nothing was made but, at most, the empty network; the next clean-up finds it by its tags
+        result = self._result(machines, stopped)
+        await workflow.wait_condition(workflow.all_handlers_finished)
+        workflow.upsert_search_attributes([names.STATE.value_set(result.status.value)])
+        self._enter(f"ended: {result.status.value}", state=result.status.value)
+        if result.status is RunStatus.FAILED:
+            view = stopped or (self._errors[0] if self._errors else _view(Code.RUN_FAILED, "No machine succeeded."))
+            raise self._failure(view, result)
+        return result
+
+    def _failure(self, view: ErrorView, result: RunResult) -> ApplicationError:
+        left = "; ".join(f"{r.machine}: {r.state or r.outcome.value}" for r in result.machines)
+        base = view_to_application_error(view)
+        text = f"{base.message}{f' — machines now: {left}' if left else ''}"
+        return ApplicationError(
+            text,
+            view.model_dump(mode="json"),
+            result.model_dump(mode="json"),
+            type=view.code,
+            non_retryable=True,
+        )
+
+    async def _results(self) -> list[MachineResult]:
+        found: list[MachineResult] = []
+        for part in self._parts:
+            try:
+                found += await part.handle
+            except ChildWorkflowError as error:
+                view = error_view(error, subject=part.id)
+                self._errors.append(view)
+                found += [
+                    MachineResult(machine=mr.machine, outcome=Outcome.FAILED, error=view) for mr in part.machines
+                ]
+        return found
+
+    async def _remove_network(self, machines: Sequence[MachineResult]) -> None:
+        plan = self._plan
+        if plan is None or len(machines) != len(plan.machines) or any(r.outcome is Outcome.FAILED for r in machines):
+            return
+        self._enter("removing the test network")
+        pinned_queue = self._parts[0].machines[0].spec.target_queue
+        try:
+            gone = await run_step(
+                s.REMOVE_RESOURCES,
+                m.RemoveCall(site=plan.sites.target, plan=plan.plan, run="", machine="", test=True),
+                queue=pinned_queue,
+                summary="Remove the isolated network and anything left of the test",
+            )
+        except ActivityError as error:
+            self._errors.append(error_view(error, unreachable=Code.TARGET_UNREACHABLE))
+            return
+        self._network_deleted = gone.deleted
+        if gone.leftovers:
+            self._errors.append(_view(Code.CLEANUP_LEFTOVERS, "Left over: " + "; ".join(gone.leftovers)))
+
+    def _result(self, machines: Sequence[MachineResult], stopped: ErrorView | None) -> RunResult:
+        good = [r for r in machines if r.outcome is Outcome.SUCCEEDED]
+        bad = [r for r in machines if r.outcome in (Outcome.FAILED, Outcome.STOPPED)]
+        if stopped is not None or not good:
+            status = RunStatus.FAILED
+        elif bad or self._errors:
+            status = RunStatus.PARTIALLY_SUCCEEDED
+        else:
+            status = RunStatus.SUCCEEDED
+        running = [r.running_at for r in good if r.running_at is not None]
+        losses = [r.data_loss_seconds for r in good if r.data_loss_seconds is not None]
+        return RunResult(
+            plan=self._ask.plan,
+            kind=self._ask.kind.value,
+            status=status,
+            plan_sha256=self._sha,
+            started_at=self._started,
+            finished_at=workflow.now(),
+            rto_seconds=(max(running) - self._started).total_seconds() if running else None,
+            rpo_seconds=max(losses) if losses else None,
+            machines=tuple(machines),
+            decisions=tuple(self._decisions),
+            actions=tuple(self._actions),
+            network_deleted=self._network_deleted,
+            errors=tuple(self._errors),
+        )
+
+    # -- help -----------------------------------------------------------------------------------------------------
+
+    def _look_for_abort(self) -> None:
+        if self._abort is not None:
+            raise _Stop(self._abort)
+
+    def _say(self, line: str) -> None:
+        self._log.append(f"{workflow.now():%H:%M:%S} {line}"[:300])
+        del self._log[:-100]
+
+    def _enter(self, phase: str, *, state: str = "") -> None:
+        self._phase = phase
+        if state:
+            workflow.upsert_search_attributes([names.STATE.value_set(state)])
+        self._say(phase)
+        self._show()
+
+    def _show(self) -> None:
+        ask = self._ask
+        passed = (workflow.now() - self._started).total_seconds()
+        lines = [
+            f"**{self._course.title} of {ask.plan}** — {self._phase}",
+            f"- Started {self._started:%H:%M:%S} UTC, {passed:.0f} s ago at this line's writing"
+            + (f"; reason: {ask.reason}" if ask.reason else ""),
+        ]
+        for pending in self._pending.values():
+            missing = pending.needs - len(pending.given)
+            lines.append(
+                f"- **WAITING FOR A PERSON: {pending.title}** — send the update `decide` with "
+                f'`{{"action": "{pending.action}", "decision": "approve", "by": "your name"}}`'
+                + (f" ({missing} different people needed)" if pending.needs > 1 else "")
+            )
+            if pending.instructions:
+                lines.append(f"    - {pending.instructions}")
+        for part in dict.fromkeys(self._group_of.values()):
+            mine = [name for name, where in self._group_of.items() if where == part]
+            ended = [self._rows[n] for n in mine if n in self._rows]
+            bad = sum(1 for row in ended if row.outcome is StageOutcome.FAILED)
+            lines.append(f"- **{part}**: {len(mine)} machines{f', **{bad} failed**' if bad else ''}")
+            shown = [n for n in mine if n in self._rows and self._rows[n].outcome is not StageOutcome.DONE]
+            shown = shown or mine
+            for name in shown[:10]:
+                row = self._rows.get(name)
+                text = f"{row.stage} {row.outcome.value}{f' — {row.note}' if row.note else ''}" if row else "starting"
+                lines.append(f"    - {name}: {text}")
+            if len(shown) > 10:  # noqa: PLR2004  a screenful
+                lines.append(f"    - … and {len(shown) - 10} more")
+        lines += [f"- {line}" for line in self._log[-5:]]
+        workflow.set_current_details("\n".join(lines))
+
+
+def _slices(items: Sequence[str], size: int) -> Iterable[Sequence[str]]:
+    return [items[i : i + size] for i in range(0, len(items), size)]
+
+
+def _view(code: Code, message: str) -> ErrorView:
+    return ErrorView.of(FarshoreError(code, message).info)
+
+
+def _title(action: Action) -> str:
+    return action.manual if isinstance(action, ManualAction) else f"script {action.script}"
+
+
+def _slug(text: str) -> str:
+    words = "".join(c.lower() if c.isalnum() else " " for c in text).split()
+    return "-".join(words)[:60] or "action"

@@ -1,0 +1,142 @@
+"""FailoverGroup: at most 50 machines of one boot group. It passes the parent's word on, gathers reports and tells the
+parent when all its machines have ended a stage, so that a plan of 1,000 machines costs its parent few events.
+"""
+
+from __future__ import annotations
+
+import asyncio
+
+from temporalio import workflow
+from temporalio.common import SearchAttributePair, TypedSearchAttributes, VersioningBehavior
+from temporalio.exceptions import ApplicationError, ChildWorkflowError
+
+with workflow.unsafe.imports_passed_through():
+    from farshore.contract import names
+    from farshore.contract.errors import error_view
+    from farshore.contract.runs import MachineResult, Outcome
+    from farshore.workflows.machine_failover import MachineFailover
+    from farshore.workflows.messages import GroupReport, GroupRun, MachineReport, Proceed, StageOutcome
+    from farshore.workflows.stages import COURSES
+
+
+@workflow.defn(name=names.FAILOVER_GROUP, versioning_behavior=VersioningBehavior.PINNED)
+class FailoverGroup:
+    """Child of a Failover."""
+
+    @workflow.init
+    def __init__(self, given: GroupRun) -> None:
+        self._in = given
+        self._words: list[Proceed] = []
+        self._stop = ""
+        self._reports: dict[str, dict[str, MachineReport]] = {}  # stage -> machine -> report
+        self._ended: dict[str, MachineReport] = {}  # machines that need no more stages
+        self._results: dict[str, MachineResult] = {}
+
+    @workflow.signal(description="Enter a stage")
+    def proceed(self, word: Proceed) -> None:
+        self._words.append(word)
+
+    @workflow.signal(description="Stop every machine before its next step")
+    def stop(self, reason: str) -> None:
+        self._stop = self._stop or reason
+
+    @workflow.signal(description="A machine has ended a stage")
+    def machine_report(self, report: MachineReport) -> None:
+        self._reports.setdefault(report.stage, {})[report.machine] = report
+        if report.outcome is not StageOutcome.DONE:
+            self._ended[report.machine] = report
+        self._show()
+
+    @workflow.run
+    async def run(self, given: GroupRun) -> list[MachineResult]:
+        """Start the machines, then pass on each stage until all have ended."""
+        self._show()
+        children = {mr.machine: await self._start(mr) for mr in given.machines}
+        watchers = [asyncio.create_task(self._watch(name, child)) for name, child in children.items()]
+        everyone = set(children)
+        stopped = False
+        seen = 0
+        while len(self._results) < len(everyone):
+            await workflow.wait_condition(
+                lambda: len(self._words) > seen
+                or (bool(self._stop) and not stopped)
+                or len(self._results) == len(everyone)
+            )
+            if self._stop and not stopped:
+                stopped = True
+                for name in sorted(everyone - set(self._results)):
+                    await self._tell(children[name], "stop", self._stop)
+                continue
+            if len(self._words) > seen:
+                word = self._words[seen]
+                seen += 1
+                for name in sorted(everyone - set(self._ended)):
+                    mine = word.model_copy(
+                        update={"fences": tuple(token for token in word.fences if token.machine == name)}
+                    )
+                    await self._tell(children[name], "proceed", mine)
+                await workflow.wait_condition(lambda stage=word.stage: self._all_reported(stage, everyone))
+                await self._tell_parent(word.stage, everyone)
+        await asyncio.gather(*watchers)
+        await workflow.wait_condition(workflow.all_handlers_finished)
+        return [self._results[mr.machine] for mr in given.machines]
+
+    def _all_reported(self, stage: str, everyone: set[str]) -> bool:
+        there = self._reports.get(stage, {})
+        return bool(self._stop) or all(name in there or name in self._ended for name in everyone)
+
+    async def _start(self, mr):  # type: ignore[no-untyped-def]
+        return await workflow.start_child_workflow(
+            MachineFailover.run,
+            mr,
+            id=f"{mr.run}/{mr.machine}",
+            static_summary=f"{COURSES[mr.kind].title}: {mr.machine}",
+            search_attributes=TypedSearchAttributes(
+                [
+                    SearchAttributePair(names.PLAN, mr.plan),
+                    SearchAttributePair(names.KIND, mr.kind.value),
+                    SearchAttributePair(names.MACHINE, mr.machine),
+                    SearchAttributePair(names.SITE, mr.spec.target_site),
+                ]
+            ),
+        )
+
+    async def _watch(self, name: str, child) -> None:  # type: ignore[no-untyped-def]
+        """A machine's workflow that ends without a word (terminated by hand) must not hold up the run."""
+        try:
+            result = await child
+        except ChildWorkflowError as error:
+            view = error_view(error, subject=name)
+            result = MachineResult(machine=name, outcome=Outcome.FAILED, error=view, note="its workflow was ended")
+            self._ended.setdefault(
+                name, MachineReport(machine=name, stage="", outcome=StageOutcome.FAILED, note=view.message, error=view)
+            )
+        self._results[name] = result
+
+    async def _tell(self, child, signal: str, word: Proceed | str) -> None:  # type: ignore[no-untyped-def]
+        try:
+            await child.signal(signal, word)
+        except ApplicationError:
+            workflow.logger.info("a machine of %s had ended before %s", self._in.part, signal)
+
+    async def _tell_parent(self, stage: str, everyone: set[str]) -> None:
+        parent = workflow.info().parent
+        if parent is None:
+            return
+        there = self._reports.get(stage, {})
+        rows = [there.get(name) or self._ended.get(name) for name in sorted(everyone)]
+        await workflow.get_external_workflow_handle(parent.workflow_id, run_id=parent.run_id).signal(
+            "group_report",
+            GroupReport(part=self._in.part, stage=stage, machines=tuple(row for row in rows if row is not None)),
+        )
+
+    def _show(self) -> None:
+        lines = [f"**{self._in.part}** — {len(self._in.machines)} machines"]
+        latest: dict[str, MachineReport] = {}
+        for stage in COURSES[self._in.kind].stages:
+            latest.update(self._reports.get(stage.name, {}))
+        for mr in self._in.machines:
+            row = self._ended.get(mr.machine) or latest.get(mr.machine)
+            text = f"{row.stage} {row.outcome.value}" if row else "starting"
+            lines.append(f"- **{mr.machine}**: {text}{f' ({row.note})' if row and row.note else ''}")
+        workflow.set_current_details("\n".join(lines))

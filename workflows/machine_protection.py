@@ -1,0 +1,436 @@
+"""MachineProtection: the one writer of a machine's state, its lock, and its replication loop.
+
+Runs change the state by Updates, which only record; the main loop acts: it keeps one leg (an activity of many
+replication cycles) going while the state says that the machine replicates. Every handler is safe to repeat, since a
+client that lost an answer asks again, and update ids are forgotten when the workflow continues as new.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from datetime import timedelta
+from typing import Any
+
+from temporalio import workflow
+from temporalio.common import VersioningBehavior
+from temporalio.exceptions import ActivityError, ApplicationError
+
+with workflow.unsafe.imports_passed_through():
+    from farshore.activities import messages as m
+    from farshore.activities import signatures as s
+    from farshore.contract import names
+    from farshore.contract.errors import error_view, to_application_error
+    from farshore.contract.machine import (
+        Abandon,
+        Advance,
+        Begin,
+        FenceKind,
+        Halt,
+        MachineSpec,
+        MachineStatus,
+        ProtectionState,
+        Settle,
+        SettleOutcome,
+    )
+    from farshore.contract.runs import ErrorView, PointView
+    from farshore.domain import machine as dm
+    from farshore.domain.errors import Code, FarshoreError
+    from farshore.domain.machine import Health, MachineState, MainState, Operation, ResyncState, TestState
+    from farshore.workflows.steps import start_step
+
+_CAPABILITIES = dm.VSPHERE_TO_AZURE
+_BACKOFF = (1, 2, 4, 8, 10, 30)  # in units of a minute, or of two intervals where those are shorter
+_TESTING = (Operation.TEST_FAILOVER, Operation.TEST_CLEANUP)
+_BREAK_GLASS_PEOPLE = 2
+_SECOND_HALF = (
+    MainState.PLANNED_FAILOVER_COMPLETING,
+    MainState.UNPLANNED_FAILOVER_COMPLETING,
+    MainState.COMMIT_FAILOVER_IN_PROGRESS_ON_PRIMARY,
+    MainState.CANCEL_FAILOVER_IN_PROGRESS_ON_PRIMARY,
+)
+
+
+@workflow.defn(name=names.MACHINE_PROTECTION, versioning_behavior=VersioningBehavior.AUTO_UPGRADE)
+class MachineProtection:
+    """One per protected machine, id `machine/<name>`, for as long as the machine is protected."""
+
+    @workflow.init
+    def __init__(self, given: ProtectionState) -> None:
+        self._s = given
+        self._leg: asyncio.Task[Any] | None = None
+        self._wake = 0  # raised by every change, so that waiting loops look again
+
+    # -- the loop -------------------------------------------------------------------------------------------------
+
+    @workflow.run
+    async def run(self, given: ProtectionState) -> MachineStatus:
+        """Replicate while the state says so; end when protection has been disabled."""
+        self._show()
+        while not self._s.disabled:
+            if self._replicates():
+                await self._run_leg()
+            else:
+                await workflow.wait_condition(lambda: self._replicates() or self._s.disabled or self._is_old())
+            if self._is_old() and not self._s.disabled:
+                await workflow.wait_condition(workflow.all_handlers_finished)
+                workflow.continue_as_new(self._s)
+        await workflow.wait_condition(workflow.all_handlers_finished)
+        return self.status()
+
+    def _is_old(self) -> bool:
+        return workflow.info().is_continue_as_new_suggested()
+
+    def _replicates(self) -> bool:
+        return dm.replicates(self._s.state) and not self._s.halted and not self._s.disabled
+
+    async def _run_leg(self) -> None:
+        state, spec = self._s.state, self._s.spec
+        initial = state.main is MainState.INITIAL_REPLICATION_IN_PROGRESS
+        repairing = state.resync is ResyncState.INITIATED
+        what = "Initial replication" if initial else "Resynchronisation" if repairing else "Replication"
+        leg = start_step(
+            s.REPLICATE_LEG,
+            m.LegCall(
+                spec=spec,
+                owner=f"{workflow.info().workflow_id} {workflow.info().run_id}",
+                until_seconds=spec.policy.leg,
+                stop_after_first=initial or repairing,
+                force_full=repairing or self._s.force_full,
+            ),
+            queue=spec.source_queue,
+            summary=f"{what} of {spec.machine} to {spec.target_site}, every {spec.policy.interval:g} s",
+        )
+        self._leg = leg
+        self._show()
+        try:
+            await workflow.wait_condition(lambda: leg.done() or not self._replicates())
+            if not leg.done():
+                leg.cancel()
+            report = await leg
+        except ActivityError as error:
+            if self._replicates():
+                await self._leg_failed(error_view(error, subject=spec.machine), initial=initial)
+            return
+        except asyncio.CancelledError:
+            if self._replicates():
+                raise  # the workflow itself is cancelled
+            return
+        finally:
+            self._leg = None
+        await self._leg_done(report, initial=initial, repairing=repairing)
+
+    async def _leg_done(self, report: m.LegReport, *, initial: bool, repairing: bool) -> None:
+        state = dm.with_health(self._s.state, Health.NORMAL)
+        if initial and report.newest and state.main is MainState.INITIAL_REPLICATION_IN_PROGRESS:
+            state = dm.succeed(state)
+        if repairing and report.newest and state.resync is ResyncState.INITIATED:
+            state = dm.succeed_resync(state)
+        newest = report.newest or self._s.newest_point
+        self._set(state=state, newest_point=newest, error=None, failures=0, force_full=False)
+        if initial:
+            await self._tell_watcher(None)
+
+    async def _leg_failed(self, view: ErrorView, *, initial: bool) -> None:
+        failures = self._s.failures + 1
+        final = view.code in (Code.SOURCE_NOT_ELIGIBLE, Code.SOURCE_MACHINE_NOT_FOUND, Code.ACCESS_DENIED)
+        health = Health.WARNING if failures < 2 else Health.CRITICAL  # noqa: PLR2004
+        state = dm.with_health(self._s.state, health)
+        if initial and final and state.main is MainState.INITIAL_REPLICATION_IN_PROGRESS:
+            state = dm.fail(state)
+        self._set(state=state, failures=failures, error=view)
+        if initial and final:
+            await self._tell_watcher(view)
+            return
+        unit = min(60.0, 2 * self._s.spec.policy.interval)
+        pause = unit * _BACKOFF[min(failures, len(_BACKOFF)) - 1]
+        seen = self._wake
+        try:
+            await workflow.wait_condition(
+                lambda: self._wake != seen or not self._replicates(),
+                timeout=timedelta(seconds=pause),
+                timeout_summary=f"Replication of {self._s.spec.machine} is tried again",
+            )
+        except TimeoutError:
+            return
+
+    async def _tell_watcher(self, problem: ErrorView | None) -> None:
+        watcher = self._s.watcher
+        if not watcher:
+            return
+        self._set(watcher="")
+        try:
+            await workflow.get_external_workflow_handle(watcher).signal(
+                "machine_ready", args=[self._s.spec.machine, problem.model_dump(mode="json") if problem else None]
+            )
+        except ApplicationError:
+            workflow.logger.info("%s no longer waits for %s", watcher, self._s.spec.machine)
+
+    # -- what runs ask for ----------------------------------------------------------------------------------------
+
+    @workflow.update(description="Take the machine's lock and enter an operation (used by runs)")
+    def begin(self, ask: Begin) -> MachineStatus:
+        if self._s.holder == ask.run and self._s.operation is ask.operation:
+            return self.status()
+        state = dm.begin(self._s.state, ask.operation, _CAPABILITIES)
+        at_once = ask.operation is Operation.REPAIR
+        self._set(
+            state=state,
+            holder="" if at_once else ask.run,
+            operation=None if at_once else ask.operation,
+            halted=False,
+            force_full=self._s.force_full or at_once,
+            watcher=ask.run if ask.operation in (Operation.ENABLE, Operation.REPAIR) else self._s.watcher,
+            fence=None if ask.operation in (Operation.PLANNED_FAILOVER, Operation.UNPLANNED_FAILOVER) else self._s.fence,
+        )
+        return self.status()
+
+    @begin.validator
+    def _may_begin(self, ask: Begin) -> None:
+        if self._s.holder and self._s.holder != ask.run:
+            raise to_application_error(
+                FarshoreError(
+                    Code.SCENARIO_IN_PROGRESS,
+                    f"{self._s.spec.machine} is held by the run {self._s.holder} ({self._s.operation}).",
+                    subject=self._s.spec.machine,
+                    details={"holder": self._s.holder},
+                )
+            )
+        if self._s.holder == ask.run and self._s.operation is ask.operation:
+            return
+        try:
+            dm.begin(self._s.state, ask.operation, _CAPABILITIES)
+        except FarshoreError as error:
+            named = FarshoreError(
+                error.code,
+                f"{self._s.spec.machine}: {error.info.message}",
+                subject=self._s.spec.machine,
+                causes=error.info.possible_causes,
+                action=error.info.recommended_action,
+                details=error.info.details,
+            )
+            raise to_application_error(named) from None
+
+    @workflow.update(description="Go to the second half of the operation; a promotion needs the fence token")
+    def advance(self, ask: Advance) -> MachineStatus:
+        if self._s.fence is not None and ask.fence is not None and self._s.fence.run == ask.fence.run:
+            return self.status()  # a repeat
+        if self._s.state.main in _SECOND_HALF:
+            return self.status()
+        try:
+            state = dm.advance(self._s.state, fenced=ask.fence is not None)
+        except FarshoreError as error:
+            raise to_application_error(error) from None
+        self._set(state=state, fence=ask.fence or self._s.fence)
+        return self.status()
+
+    @advance.validator
+    def _may_advance(self, ask: Advance) -> None:
+        self._must_hold(ask.run)
+        fence = ask.fence
+        if fence is None:
+            return
+        problem = ""
+        if fence.machine != self._s.spec.machine:
+            problem = f"The fence token is for {fence.machine}."
+        elif fence.run != ask.run:
+            problem = f"The fence token belongs to the run {fence.run}."
+        elif fence.kind is FenceKind.BREAK_GLASS and len({p.casefold() for p in fence.approvers}) < _BREAK_GLASS_PEOPLE:
+            problem = "Break-glass needs the word of two different people."
+        if problem:
+            raise to_application_error(
+                FarshoreError(Code.FENCE_NOT_PROVEN, f"{self._s.spec.machine}: {problem}", subject=self._s.spec.machine)
+            )
+
+    @workflow.update(description="End the operation and release the machine's lock (used by runs)")
+    def settle(self, ask: Settle) -> MachineStatus:
+        if self._s.settled == (ask.run, ask.outcome.value) and self._s.holder != ask.run:
+            return self.status()
+        operation, state = self._s.operation, self._s.state
+        changes: dict[str, Any] = {}
+        if operation in _TESTING:
+            state = _settle_test(state, ask.outcome)
+            if ask.outcome is SettleOutcome.SUCCESS:
+                testing = operation is Operation.TEST_FAILOVER
+                changes |= {"tested": ask.made if testing else (), "last_test_at": workflow.now()}
+        else:
+            state, changes = self._settle_main(state, operation, ask)
+        self._set(
+            state=state,
+            holder="",
+            operation=None,
+            halted=False,
+            settled=(ask.run, ask.outcome.value),
+            error=ask.error,
+            **changes,
+        )
+        return self.status()
+
+    def _settle_main(
+        self, state: MachineState, operation: Operation | None, ask: Settle
+    ) -> tuple[MachineState, dict[str, Any]]:
+        changes: dict[str, Any] = {}
+        if ask.outcome is SettleOutcome.FAILURE:
+            return dm.fail(state), changes
+        if ask.outcome is SettleOutcome.CANCELLED:
+            try:
+                return dm.cancel(state, source_stopped=self._s.halted), changes
+            except FarshoreError:
+                return dm.fail(state), changes
+        if state.main in (
+            MainState.COMMIT_FAILOVER_IN_PROGRESS_ON_RECOVERY,
+            MainState.CANCEL_FAILOVER_IN_PROGRESS_ON_RECOVERY,
+        ):
+            state = dm.advance(state)
+        state = dm.succeed(state, resync_required=ask.source_may_lack_changes)
+        match operation:
+            case Operation.PLANNED_FAILOVER | Operation.UNPLANNED_FAILOVER | Operation.CHANGE_POINT:
+                changes = {"point_in_use": ask.point, "recovered": ask.made, "last_failover_at": workflow.now()}
+            case Operation.CANCEL:
+                changes = {"point_in_use": None, "recovered": (), "fence": None, "failures": 0}
+            case Operation.COMMIT:
+                changes = {"newest_point": self._s.point_in_use}
+            case Operation.DISABLE:
+                changes = {"disabled": True}
+            case _:
+                pass
+        return state, changes
+
+    @settle.validator
+    def _may_settle(self, ask: Settle) -> None:
+        if self._s.holder != ask.run and self._s.settled == (ask.run, ask.outcome.value):
+            return
+        self._must_hold(ask.run)
+        if ask.outcome is SettleOutcome.SUCCESS and self._s.state.main in (
+            MainState.PLANNED_FAILOVER_INITIATED,
+            MainState.UNPLANNED_FAILOVER_INITIATED,
+        ):
+            raise to_application_error(
+                FarshoreError(
+                    Code.FENCE_NOT_PROVEN,
+                    f"{self._s.spec.machine} has not been promoted: no fence token was given.",
+                    subject=self._s.spec.machine,
+                )
+            )
+
+    @workflow.update(description="Stop the replication loop for the failover that holds the lock")
+    async def halt(self, ask: Halt) -> MachineStatus:
+        self._set(halted=True)
+        if ask.wait:
+            await workflow.wait_condition(lambda: self._leg is None)
+        return self.status()
+
+    @halt.validator
+    def _may_halt(self, ask: Halt) -> None:
+        self._must_hold(ask.run)
+
+    @workflow.update(description="Break the lock of a run that has ended without settling")
+    def abandon(self, ask: Abandon) -> MachineStatus:
+        if self._s.holder != ask.holder:
+            return self.status()
+        entry = FarshoreError(Code.RUN_ABORTED, ask.reason, subject=self._s.spec.machine)
+        return self.settle(
+            Settle(run=ask.holder, outcome=SettleOutcome.CANCELLED, error=ErrorView.of(entry.info))
+        )
+
+    @workflow.update(description="Use other replication settings from the next leg on")
+    def configure(self, spec: MachineSpec) -> MachineStatus:
+        self._set(spec=spec)
+        return self.status()
+
+    @configure.validator
+    def _may_configure(self, spec: MachineSpec) -> None:
+        if spec.machine != self._s.spec.machine:
+            raise to_application_error(
+                FarshoreError(
+                    Code.INVALID_INPUT, f"These settings are for {spec.machine}, not {self._s.spec.machine}."
+                )
+            )
+
+    @workflow.query
+    def status(self) -> MachineStatus:
+        """The machine's state, what it allows now, who holds it, its newest known point."""
+        st = self._s
+        return MachineStatus(
+            machine=st.spec.machine,
+            plan=st.spec.plan,
+            state=st.state,
+            allowed_operations=tuple(o.value for o in dm.allowed_operations(st.state, _CAPABILITIES)),
+            holder=st.holder,
+            replicating=self._leg is not None,
+            newest_point=st.newest_point,
+            point_in_use=st.point_in_use,
+            recovered=st.recovered,
+            last_test_at=st.last_test_at,
+            last_failover_at=st.last_failover_at,
+            fence=st.fence,
+            error=st.error,
+            source_site=st.spec.source_site,
+            target_site=st.spec.target_site,
+        )
+
+    @workflow.signal(description="A point was committed outside the loop (final cycle of a planned failover)")
+    def point_committed(self, point: PointView) -> None:
+        if self._s.newest_point is None or point.cycle > self._s.newest_point.cycle:
+            self._set(newest_point=point)
+
+    # -- help -----------------------------------------------------------------------------------------------------
+
+    def _must_hold(self, run: str) -> None:
+        if self._s.holder != run:
+            held = f"held by {self._s.holder}" if self._s.holder else "held by no run"
+            raise to_application_error(
+                FarshoreError(
+                    Code.SCENARIO_IN_PROGRESS,
+                    f"{self._s.spec.machine} is {held}, not by {run}.",
+                    subject=self._s.spec.machine,
+                    details={"holder": self._s.holder},
+                )
+            )
+
+    def _set(self, **changes: Any) -> None:
+        before = self._s
+        self._s = before.model_copy(update=changes)
+        self._wake += 1
+        if self._s.state != before.state:
+            workflow.upsert_search_attributes([names.STATE.value_set(_short(self._s.state))])
+        self._show()
+
+    def _show(self) -> None:
+        st, spec = self._s, self._s.spec
+        lines = [f"**{spec.machine}** — **{_short(st.state)}**, runs at the {st.state.active_location.lower()} site"]
+        if self._leg is not None:
+            lines.append(
+                f"- Replicating {spec.source_site} → {spec.target_site} every {spec.policy.interval:g} s; "
+                "the pending activity shows the newest point and its age"
+            )
+        if st.holder:
+            lines.append(f"- **Held by** {st.holder} ({st.operation})")
+        if st.newest_point is not None:
+            lines.append(
+                f"- Newest point known here: {st.newest_point.id}, {st.newest_point.taken_at:%Y-%m-%d %H:%M:%S} UTC"
+            )
+        if st.point_in_use is not None:
+            lines.append(f"- Failed over to point {st.point_in_use.id}")
+        if st.error is not None:
+            lines.append(f"- **Problem:** {st.error.text()}")
+        workflow.set_current_details("\n".join(lines))
+
+
+def _settle_test(state: MachineState, outcome: SettleOutcome) -> MachineState:
+    if outcome is not SettleOutcome.SUCCESS:
+        return dm.fail_test(state)
+    if state.test in (TestState.INITIATED, TestState.CLEANUP_INITIATED):
+        state = dm.advance_test(state)
+    state = dm.succeed_test(state)
+    if state.test is TestState.MARKED_FOR_DELETION:
+        state = dm.succeed_test(state)
+    return state
+
+
+def _short(state: MachineState) -> str:
+    parts = [state.main.value]
+    if state.test is not TestState.NONE:
+        parts.append(f"test {state.test.value}")
+    if state.health is not Health.NORMAL:
+        parts.append(state.health.value)
+    return ", ".join(parts)
