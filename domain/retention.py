@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import datetime
+from itertools import pairwise
 
 from farshore.domain.points import Consistency, RecoveryPoint
 
@@ -31,7 +32,7 @@ class RetentionPolicy:
 
     def __post_init__(self) -> None:
         ages = [age for age, _ in self.buckets]
-        if not ages or ages[0] <= 0 or any(b <= a for a, b in zip(ages, ages[1:], strict=False)):
+        if not ages or ages[0] <= 0 or any(b <= a for a, b in pairwise(ages)):
             raise ValueError("retention buckets need ascending positive ages")
         if any(every < 0 for _, every in self.buckets):
             raise ValueError("a bucket cannot keep a point per a negative number of seconds")

@@ -32,6 +32,7 @@ NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,79}$"
 NAME_HINT = "letters, digits, dots, dashes and underscores, at most 80, beginning with a letter or digit"
 
 Name = Annotated[str, StringConstraints(pattern=NAME_PATTERN)]
+NameOrEmpty = Annotated[str, StringConstraints(pattern=rf"^$|{NAME_PATTERN}")]
 Text = Annotated[str, StringConstraints(strip_whitespace=True, max_length=8000)]
 Title = Annotated[str, StringConstraints(strip_whitespace=True, min_length=1, max_length=200)]
 
@@ -151,9 +152,7 @@ class Target(Part):
     security_group: Title | None = Field(
         default=None, description="network security group", examples=["web-nsg"]
     )
-    name: Name = Field(
-        default="", validate_default=False, description="name at the target; default: the machine's"
-    )
+    name: NameOrEmpty = Field(default="", description="name at the target; default: the machine's")
     tags: dict[str, str] = Field(
         default_factory=dict, description="tags at the target", examples=["{cost: crm}"]
     )

@@ -13,7 +13,7 @@ written at random, frozen as a whole). A page blob container and a folder of fil
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Protocol

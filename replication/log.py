@@ -181,10 +181,12 @@ class Log:
                 subject=self.machine,
             )
         for manifest, digest in view.points:
-            if manifest.cycle == cycle and cycle not in view.doomed and point_id(cycle, digest) == id_of_point:
+            if point_id(manifest.cycle, digest) == id_of_point and manifest.cycle not in view.doomed:
                 return manifest
         raise FarshoreError(
-            Code.POINT_NOT_FOUND, f"{self.machine} has no recovery point {id_of_point!r}.", subject=self.machine
+            Code.POINT_NOT_FOUND,
+            f"{self.machine} has no recovery point {id_of_point!r}.",
+            subject=self.machine,
         )
 
     # holds --------------------------------------------------------------------------------------------------------
@@ -247,7 +249,9 @@ def _valid_points(entries: Mapping[int, tuple[Entry, str]], damaged: set[int]) -
     unknown_openings = False
     for at in sorted({*entries, *damaged}):
         if at in damaged:
-            unknown_openings = True  # it may have been an opening: points of its epoch must not vanish with it
+            unknown_openings = (
+                True  # it may have been an opening: points of its epoch must not vanish with it
+            )
             continue
         entry, digest = entries[at]
         if isinstance(entry, Opening):

@@ -16,7 +16,6 @@ from datetime import UTC, datetime
 from typing import Any, cast
 
 from blake3 import blake3
-
 from farshore.domain.errors import Code, FarshoreError
 from farshore.domain.points import Consistency, RecoveryPoint
 from farshore.replication.ports import DiskPoint, DiskState, Manifest
@@ -74,7 +73,9 @@ def decode(data: bytes, *, name: str) -> tuple[Entry, str]:
         return _parse(json.loads(body)), stated.decode()
     except (KeyError, ValueError, TypeError) as error:
         raise FarshoreError(
-            Code.REPLICA_DAMAGED, f"The manifest {name} was written in a form that this version cannot read: {error}.", subject=name
+            Code.REPLICA_DAMAGED,
+            f"The manifest {name} was written in a form that this version cannot read: {error}.",
+            subject=name,
         ) from error
 
 

@@ -140,6 +140,9 @@ class Leftover:
 
     touched: tuple[Extent, ...]  # may differ from the last committed point
     torn: tuple[Extent, ...]  # of these the leaf table may be wrong as well
+    strayed: bool = (
+        False  # replica or leaf table differ from the newest point without explanation: trust neither
+    )
 
 
 class ReplicaDisk(Protocol):

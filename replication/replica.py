@@ -42,6 +42,7 @@ import json
 import time
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
+from itertools import pairwise
 from typing import Any, cast
 
 from farshore.domain.errors import Code, FarshoreError
@@ -72,7 +73,9 @@ _OPENING_GRACE = 30 * 86400.0  # seconds an opening is kept after its epoch ende
 
 def fenced(machine: str, what: str) -> FarshoreError:
     """The error of a writer that was overtaken."""
-    return FarshoreError(Code.REPLICA_FENCED, f"Another writer took over the replica of {machine}: {what}.", subject=machine)
+    return FarshoreError(
+        Code.REPLICA_FENCED, f"Another writer took over the replica of {machine}: {what}.", subject=machine
+    )
 
 
 def handle(image: str, snapshot: str) -> str:
@@ -98,7 +101,7 @@ class _Disk:
         self.state = state
         self.image, self.table_image = writer.images_of(state.key)
         self._current = ""
-        self._torn = [Extent(0, 0)][:0]
+        self._intended: list[Extent] = []
         self.windows: list[str] = []
         self._prepare()
 
@@ -122,12 +125,16 @@ class _Disk:
             self._backend.resize_image(self.table_image, Kind.TABLE, table_bytes, self._epoch)
             touched += seam
             torn += seam
-        self._table = bytearray(self._backend.read(self.table_image, 0, table_bytes)[: leaves.table_size(size)])
+        self._table = bytearray(
+            self._backend.read(self.table_image, 0, table_bytes)[: leaves.table_size(size)]
+        )
         wrong = False
         base = self._writer.base(self.state.key)
         if base is not None and not touched:
             wrong = base.state.size != size or leaves.root(self._table, size) != base.digest
-        self._leftover = Leftover(tuple(normalise(touched, size)), tuple(normalise(torn, size)), wrong)
+        self._leftover = Leftover(
+            tuple(normalise(touched, size)), tuple(normalise(torn, size)), strayed=wrong
+        )
 
     def _read_windows(self) -> tuple[list[Extent], list[Extent], list[str], int]:
         base = self._writer.base(self.state.key)
@@ -195,7 +202,9 @@ class _Disk:
         padded = bytes(self._table) + bytes(size - len(self._table))
         view = memoryview(padded)
         for run in split(runs, _IO):
-            self._backend.write(self.table_image, run.start, view[run.start : run.start + run.length], self._epoch)
+            self._backend.write(
+                self.table_image, run.start, view[run.start : run.start + run.length], self._epoch
+            )
         self._backend.flush(self.table_image, self._epoch)
 
     def flush(self) -> None:
@@ -209,7 +218,7 @@ class _Disk:
     def committed(self) -> None:
         """The windows so far mean nothing any more."""
         done, self.windows, self._current = self.windows, [], ""
-        self._leftover = Leftover((), (), False)
+        self._leftover = Leftover((), ())
         self._next = 0
         # Deleting is tidiness: the commit stands, and the next owner ignores and deletes them.
         with contextlib.suppress(FarshoreError):
@@ -217,7 +226,7 @@ class _Disk:
                 self._backend.delete(name)
 
     def table_rebuilt(self) -> None:
-        self._leftover = Leftover(self._leftover.touched, (), False)
+        self._leftover = Leftover(self._leftover.touched, ())
 
 
 class BackendWriter:
@@ -262,7 +271,9 @@ class BackendWriter:
 
     def open_disk(self, state: DiskState) -> ReplicaDisk:
         if self._unknown:
-            raise fenced(self.log.machine, "the outcome of the last commit is unknown, the epoch has to be taken again")
+            raise fenced(
+                self.log.machine, "the outcome of the last commit is unknown, the epoch has to be taken again"
+            )
         known = self._disks.get(state.key)
         if known is not None and known.size == state.size:
             known.state = state
@@ -297,7 +308,12 @@ class BackendWriter:
         return self._disks[disk_key].freeze(cycle)
 
     def commit(self, manifest: Manifest) -> RecoveryPoint:
-        if self._unknown or manifest.cycle != self._next or manifest.epoch != self.epoch or manifest.parent != self._parent:
+        if (
+            self._unknown
+            or manifest.cycle != self._next
+            or manifest.epoch != self.epoch
+            or manifest.parent != self._parent
+        ):
             raise fenced(self.log.machine, "the manifest does not continue the log of this epoch")
         data = encode(manifest)
         try:
@@ -331,9 +347,10 @@ class BackendWriter:
         self.keep_alive()
         head = self._head.cycle if self._head is not None else -1
         wanted = [cycle for cycle in cycles if cycle != head]
-        return self._remove(wanted) if wanted else []
+        return self.remove_any(wanted) if wanted else []
 
-    def _remove(self, cycles: Sequence[int]) -> list[int]:
+    def remove_any(self, cycles: Sequence[int]) -> list[int]:
+        """As `remove_points`, the newest point included."""
         name = f"{self.log.prefix}x/{self.epoch}-{self._dooms:06d}"
         self._dooms += 1
         free, view = self.log.doom(name, cycles)
@@ -358,12 +375,17 @@ class BackendWriter:
         view = self.log.read()
         for name, cycles in view.dooms.items():
             free, seen = self.log.doom(name, cycles)
-            _delete_points(self.backend, self.log, seen, [cycle for cycle in free if cycle in seen.doomed])
+            _delete_points(self.backend, self.log, seen, free)
             self.log.undoom(name)
         if view.dooms:
             view = self.log.read()
         self._head = view.head
-        named = {text for manifest, _ in view.points for disk in manifest.disks for text in (disk.snapshot, disk.leaves)}
+        named = {
+            text
+            for manifest, _ in view.points
+            for disk in manifest.disks
+            for text in (disk.snapshot, disk.leaves)
+        }
         live = {parse_handle(text)[0] for text in named}
         windowed = self._tidy_windows()
         for image in images:
@@ -373,7 +395,11 @@ class BackendWriter:
                     self.backend.delete_image(image.name, self.epoch)
                     continue
             for frozen in image.snapshots:
-                if handle(image.name, frozen.id) in named or frozen.epoch >= self.epoch or frozen.cycle in view.damaged:
+                if (
+                    handle(image.name, frozen.id) in named
+                    or frozen.epoch >= self.epoch
+                    or frozen.cycle in view.damaged
+                ):
                     continue
                 self.backend.drop(image.name, frozen.id)
         self._tidy_openings(view)
@@ -395,7 +421,7 @@ class BackendWriter:
     def _tidy_openings(self, view: View) -> None:
         used = {manifest.epoch for manifest, _ in view.points}
         openings = view.openings
-        for opening, successor in zip(openings, openings[1:], strict=False):
+        for opening, successor in pairwise(openings):
             ended = (self._opening.opened_at - successor.opened_at).total_seconds()
             if opening.epoch not in used and ended > _OPENING_GRACE:
                 self.log.delete(opening.number)
@@ -441,7 +467,12 @@ class BackendStore:
         for _ in range(16):
             view = log.read()
             openings = view.openings
-            if succeeding is not None and openings and openings[-1].epoch != succeeding and openings[-1].owner != owner:
+            if (
+                succeeding is not None
+                and openings
+                and openings[-1].epoch != succeeding
+                and openings[-1].owner != owner
+            ):
                 raise fenced(machine, f"epoch {openings[-1].epoch} was opened by {openings[-1].owner}")
             epochs = [opening.epoch for opening in openings] + [manifest.epoch for manifest, _ in view.points]
             now = self._clock()
@@ -464,7 +495,9 @@ class BackendStore:
             writer.take_over()
             return writer
         raise FarshoreError(
-            Code.TARGET_BUSY, f"The log of {machine} grows faster than a new owner can enter it.", subject=machine
+            Code.TARGET_BUSY,
+            f"The log of {machine} grows faster than a new owner can enter it.",
+            subject=machine,
         )
 
     def points(self, machine: str) -> list[RecoveryPoint]:
@@ -492,7 +525,7 @@ class BackendStore:
         self.manifest(machine, point_id)
         writer = self.acquire(machine, f"commit of {point_id}")
         ids = {point.cycle: point.id for point in writer.points() if point.id != point_id}
-        removed = writer.keep_only(sorted(ids))
+        removed = writer.remove_any(sorted(ids))
         return [ids[cycle] for cycle in removed]
 
     def remove_machine(self, machine: str) -> None:
@@ -536,7 +569,9 @@ def _padded(size: int) -> int:
 
 
 def _window(is_open: bool, extents: Sequence[Extent]) -> bytes:
-    body = json.dumps({"open": is_open, "extents": [[e.start, e.length] for e in extents]}, separators=(",", ":"))
+    body = json.dumps(
+        {"open": is_open, "extents": [[e.start, e.length] for e in extents]}, separators=(",", ":")
+    )
     return (digest(body.encode()) + "\n" + body).encode()
 
 

@@ -1,1 +1,1 @@
-"""Room of the house; see docs."""
+"""Composition root: settings, wiring of adapters, workers, metrics, command line. Knows everything of the product."""

@@ -37,12 +37,14 @@ with workflow.unsafe.imports_passed_through():
         RunStatus,
     )
     from farshore.domain.errors import Code, FarshoreError
-    from farshore.plans.model import Action, BootGroup, ManualAction, Plan, ScriptAction
+    from farshore.plans.model import BootGroup, ManualAction, Plan, ScriptAction
     from farshore.workflows.failover_group import FailoverGroup
     from farshore.workflows.messages import GroupReport, GroupRun, MachineReport, MachineRun, Proceed, StageOutcome
     from farshore.workflows.policy import machine_spec
     from farshore.workflows.stages import COURSES, Course, Order, Stage
     from farshore.workflows.steps import run_step
+
+AnyAction = ManualAction | ScriptAction
 
 SLICE = 50
 """Machines of one FailoverGroup: wider parents fight over their own lock (measured, reference/temporal.md §4)."""
@@ -436,9 +438,9 @@ class Failover:
 
     # -- actions --------------------------------------------------------------------------------------------------
 
-    async def _run_actions(self, pinned: m.PinnedPlan, actions: Sequence[Action], where: str, network: str) -> None:
+    async def _run_actions(self, pinned: m.PinnedPlan, actions: Sequence[AnyAction], where: str, network: str) -> None:
         for index, action in enumerate(actions):
-            if self._ask.kind.value not in action.on:
+            if not action.runs_in(self._ask.kind.value):
                 continue
             self._look_for_abort()
             try:
@@ -450,8 +452,11 @@ class Failover:
                 view = error.view if isinstance(error, _Stop) else error_view(error, subject=where)
                 self._actions.append(f"{_title(action)}: failed — {view.message}")
                 self._errors.append(view)
-                policy = getattr(action, "on_failure", None)
-                stops = policy == "stop" or (policy is None and self._course.stops_at_error)
+                stops = (
+                    action.stops(self._ask.kind.value)
+                    if isinstance(action, ScriptAction)
+                    else self._course.stops_at_error
+                )
                 if stops or view.code in (Code.ACTION_REJECTED, Code.RUN_ABORTED):
                     raise _Stop(view) from None
                 self._say(f"{_title(action)} failed, the run goes on: {view.message}")
@@ -754,8 +759,8 @@ def _view(code: Code, message: str) -> ErrorView:
     return ErrorView.of(FarshoreError(code, message).info)
 
 
-def _title(action: Action) -> str:
-    return action.manual if isinstance(action, ManualAction) else f"script {action.script}"
+def _title(action: AnyAction) -> str:
+    return action.title if isinstance(action, ManualAction) else f"script {action.title}"
 
 
 def _slug(text: str) -> str:

@@ -22,7 +22,7 @@ def machine_spec(pinned: PinnedPlan, machine: str) -> MachineSpec:
             interval=replication.interval,
             app_consistent_every=replication.app_consistent_every,
             rpo_threshold=replication.rpo_threshold,
-            retention=tuple((rule.within, rule.keep) for rule in replication.retention),
+            retention=replication.buckets,
             leg=pinned.leg_seconds,
         ),
     )

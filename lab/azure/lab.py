@@ -11,7 +11,7 @@ from types import TracebackType
 
 from aiohttp import web
 from farshore.lab import tls
-from farshore.lab.azure import landing
+from farshore.lab.azure import landing, strict
 from farshore.lab.azure.control_server import ControlServer
 from farshore.lab.azure.entra import Entra
 from farshore.lab.azure.landing import LandingZone
@@ -82,6 +82,7 @@ class LabAzure:
         server = ArmServer(world, entra)
         server.recorder = self._recorder
         self.storage_account_id = landing.prepare(world, self.zone)
+        await asyncio.to_thread(strict.warm)
         held: dict[str, int] = world.store.setting("ports", {})
         context = tls.server_context(self.root / "tls")
         arm = await self._serve(server.app, self._ports["arm"] or held.get("arm", 0), context)

@@ -111,6 +111,13 @@ class Route:
     codes: tuple[int, ...]
     bucket: str
     """Throttling class: reads, writes or deletes."""
+    body: str | None = None
+    """Model of the request in the SDK's package."""
+
+    @property
+    def package(self) -> str:
+        """What follows `azure.mgmt.`; empty for the polling URLs."""
+        return ".".join(self.operation.split(".")[:-2])
 
 
 @dataclass

@@ -31,6 +31,8 @@ class Operation:
     namespace: str
     location: str
     api_version: str
+    request: str
+    """The SDK's name of the operation that started it."""
     args: Json
     started: float
     due: float | None
@@ -104,6 +106,7 @@ class Engine:
             namespace=_namespace(resource),
             location=location,
             api_version=call.route.api_version,
+            request=call.route.operation,
             args=args,
             started=now,
             due=None if call.lro.get("stuck") else now + KINDS[kind].seconds * knobs.time_scale * spread,

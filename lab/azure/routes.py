@@ -166,12 +166,45 @@ def _pattern(template: str) -> re.Pattern[str]:
     return re.compile(f"^{out}/?$", re.IGNORECASE)
 
 
+BODIES = {
+    "resource.resources.ResourceGroups.create_or_update": "ResourceGroup",
+    "resource.resources.ResourceGroups.update": "ResourceGroupPatchable",
+    "resource.resources.Tags.create_or_update_at_scope": "TagsResource",
+    "resource.resources.Tags.update_at_scope": "TagsPatchResource",
+    "compute.Disks.create_or_update": "Disk",
+    "compute.Disks.update": "DiskUpdate",
+    "compute.Disks.grant_access": "GrantAccessData",
+    "compute.Snapshots.create_or_update": "Snapshot",
+    "compute.Snapshots.update": "SnapshotUpdate",
+    "compute.Snapshots.grant_access": "GrantAccessData",
+    "compute.VirtualMachines.create_or_update": "VirtualMachine",
+    "compute.VirtualMachines.update": "VirtualMachineUpdate",
+    "compute.VirtualMachines.run_command": "RunCommandInput",
+    "network.VirtualNetworks.create_or_update": "VirtualNetwork",
+    "network.VirtualNetworks.update_tags": "TagsObject",
+    "network.Subnets.create_or_update": "Subnet",
+    "network.NetworkSecurityGroups.create_or_update": "NetworkSecurityGroup",
+    "network.NetworkSecurityGroups.update_tags": "TagsObject",
+    "network.SecurityRules.create_or_update": "SecurityRule",
+    "network.NetworkInterfaces.create_or_update": "NetworkInterface",
+    "network.NetworkInterfaces.update_tags": "TagsObject",
+    "network.PublicIPAddresses.create_or_update": "PublicIPAddress",
+    "network.PublicIPAddresses.update_tags": "TagsObject",
+}
+"""Models of the requests, where there is one."""
+
 _BUCKETS = {"GET": "reads", "HEAD": "reads", "DELETE": "deletes"}
 
 TABLE: tuple[Entry, ...] = tuple(
-    Entry(Route(operation, method, template, version, codes, _BUCKETS.get(method, "writes")), _pattern(template), handler)
+    Entry(
+        Route(
+            operation, method, template, version, codes, _BUCKETS.get(method, "writes"), BODIES.get(operation)
+        ),
+        _pattern(template),
+        handler,
+    )
     for operation, method, template, version, codes, handler in _ROWS
-)  # fmt: skip
+)
 
 
 def find(method: str, path: str) -> tuple[Entry, dict[str, str]] | None:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from aiohttp import web
-from farshore.lab.azure import routes, sas
+from farshore.lab.azure import routes, sas, strict
 from farshore.lab.azure.entra import Entra, TokenRefused
 from farshore.lab.azure.faults import Fault
 from farshore.lab.azure.model import VM, Answer, ArmError, Call, Json, ResourceId, Route
@@ -23,6 +23,8 @@ class Recorded:
     """One answer as it left the server, for the schema tests."""
 
     operation: str
+    origin: str
+    """For a poll: the operation that began what is polled; else the same as `operation`."""
     method: str
     path: str
     status: int
@@ -162,6 +164,7 @@ class ArmServer:
                 ) from bad
         if not isinstance(body, dict):
             raise ArmError(400, "InvalidRequestContent", "The request content must be a JSON object.")
+        strict.check(route, body)
         return Call(
             route=route,
             method=request.method,
@@ -258,9 +261,14 @@ class ArmServer:
             **answer.headers,
         }
         if self.recorder is not None:
-            operation = route.operation if route is not None else "unknown"
+            operation = origin = route.operation if route is not None else "unknown"
+            if operation in {routes.LRO_STATUS, routes.LRO_RESULT}:
+                polled = self.world.engine.operations.get(request.path.rstrip("/").rsplit("/", 1)[-1])
+                origin = polled.request if polled is not None else operation
             body = json.loads(json.dumps(answer.body))
-            self.recorder(Recorded(operation, request.method, request.path, answer.status, headers, body))
+            self.recorder(
+                Recorded(operation, origin, request.method, request.path, answer.status, headers, body)
+            )
         if answer.body is None:
             return web.Response(status=answer.status, headers=headers)
         return web.json_response(answer.body, status=answer.status, headers=headers)

@@ -69,9 +69,9 @@ class BlobServer:
     ) -> None:
         """Listen; port 0 lets the system choose. `url` is set afterwards."""
         server = web.Server(self._handle, read_bufsize=1024 * 1024, access_log=None, lingering_time=2.0)
-        self._runner = web.ServerRunner(server)
+        self._runner = web.ServerRunner(server, shutdown_timeout=1.0)
         await self._runner.setup()
-        site = web.TCPSite(self._runner, host, port, ssl_context=ssl_context, shutdown_timeout=1.0)
+        site = web.TCPSite(self._runner, host, port, ssl_context=ssl_context)
         await site.start()
         self._secure = ssl_context is not None
         bound = self._runner.addresses[0][1]

@@ -123,12 +123,16 @@ class Writer(threading.Thread):
 
     def _append(self, kind: ledger.Kind) -> None:
         with self.step:
+            if kind is ledger.Kind.WORK and not self._lab.guests.gate.is_set():
+                return
             done = self.ledger.append(kind)
             os.write(self._acks, f"{done.number} {done.time_ns} {done.kind.name.lower()}\n".encode())
 
     def _churn(self) -> None:
         """Application data somewhere behind the ledger."""
         with self.step:
+            if not self._lab.guests.gate.is_set():
+                return
             disk = self._random.choice(self._disks)
             first, last = self.ledger.area_end // CHURN_SIZE + 1, disk.capacity // CHURN_SIZE - 1
             if last > first:

@@ -116,7 +116,7 @@ class Staging:
         try:
             # Only if absent: of two attempts at the same time one begins the copy, the other finds it.
             await blob.start_copy_from_url(
-                source_url, metadata=metadata, etag="*", match_condition=MatchConditions.IfMissing
+                source_url, metadata=metadata, match_condition=MatchConditions.IfMissing
             )
         except AzureError as error:
             what = said(error)

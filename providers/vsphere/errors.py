@@ -70,7 +70,7 @@ def classify(
     if isinstance(exc, ssl.SSLCertVerificationError):
         return FarshoreError(
             Code.CONFIGURATION_INVALID,
-            f"The certificate of vCenter is not trusted while {doing}: {exc.verify_message or exc}.",
+            f"The certificate of vCenter is not trusted while {doing}: {getattr(exc, 'verify_message', '') or exc}.",
             subject=subject,
             causes=(
                 "The certificate was renewed.",

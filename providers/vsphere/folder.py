@@ -13,7 +13,7 @@ import re
 import threading
 import time
 from collections.abc import Generator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from http.client import HTTPException, HTTPResponse
@@ -92,9 +92,17 @@ class Folder:
         parts = [
             (start, min(step, offset + length - start)) for start in range(offset, offset + length, step)
         ]
-        jobs = [self._pool.submit(self._tried, place, start, size, subject) for start, size in parts]
+        jobs: list[Future[bytes]] = []
         try:
+            for start, size in parts:
+                jobs.append(self._pool.submit(self._tried, place, start, size, subject))
             return b"".join(job.result() for job in jobs)
+        except (RuntimeError, CancelledError) as exc:  # the site was closed meanwhile
+            raise FarshoreError(
+                Code.SOURCE_READ_FAILED,
+                f"The connection to vCenter was closed while reading {place}.",
+                subject=subject,
+            ) from exc
         finally:
             for job in jobs:
                 job.cancel()

@@ -34,6 +34,7 @@ class VSphereSettings:
     poll: float = 2.0  # longest wait inside one WaitForUpdatesEx, so that steps can heartbeat
     snapshot_timeout: float = 900.0  # creation of one snapshot, with quiescing
     removal_timeout: float = 3600.0  # removal of one snapshot, with consolidation
+    settle_timeout: float = 60.0  # for a task that somebody else started; then the machine counts as busy
     task_timeout: float = 600.0  # any other task
     read_tries: int = 5
     read_retry_delay: float = 0.5  # doubles with each try of a range

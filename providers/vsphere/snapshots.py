@@ -18,7 +18,7 @@ from farshore.providers.vsphere.errors import NETWORK_ERRORS, classify, vim, vmo
 from farshore.providers.vsphere.inventory import Entry
 from farshore.providers.vsphere.machine import PREFIX, SnapshotEntry
 
-CREATE = "createSnapshot"  # last part of Task.info.descriptionId
+CREATE = "createsnapshot"  # part of Task.info.descriptionId, lower case
 DISK_TASKS = ("snapshot", "consolidate")  # parts of descriptionIds of tasks that change the chain of links
 TRIES = 3
 _NAME = re.compile(rf"^{re.escape(PREFIX)}.+-(\d+)-(\d+)$")
@@ -58,17 +58,16 @@ class Snapshots:
         return machines.Machine(self._entry, values).snapshots
 
     def settle(self, parts: Sequence[str] = DISK_TASKS) -> None:
-        """Wait until no task of the machine changes its chain of links (a predecessor may have started one)."""
+        """Wait until no task of the machine changes its chain of links (a predecessor may have started one).
+
+        SourceBusy when that takes long: a consolidation may last for hours.
+        """
+        doing = "waiting for another snapshot task of the machine"
         for task in self._running(parts):
             try:
-                self._wait(
-                    task,
-                    "waiting for a snapshot task that was running already",
-                    self._client.settings.removal_timeout,
-                )
-            except (
-                vmodl.MethodFault
-            ) as exc:  # its failure was its issuer's business; the tree is read afterwards
+                self._wait(task, doing, self._client.settings.settle_timeout)
+            except vmodl.MethodFault as exc:
+                # Its failure was its issuer's business; the tree is read afterwards.
                 log.info("an earlier task on %s ended with %s", self._entry.name, type(exc).__name__)
             except FarshoreError as exc:
                 if exc.code is not Code.SOURCE_MACHINE_NOT_FOUND:  # the task object is gone: it ended
@@ -172,35 +171,36 @@ class Snapshots:
 
     def _create(self, name: str, description: str, *, quiesce: bool) -> SnapshotEntry:
         doing = f"taking snapshot {name}"
+        subject = self._entry.name
         lost: BaseException | None = None
         for _ in range(2):
             try:
                 task = self._client.call(
                     doing,
                     lambda: self._machine.CreateSnapshot_Task(name, description, False, quiesce),
-                    subject=self._entry.name,
+                    subject=subject,
                     reading=False,
                 )
                 self._wait(task, doing, self._client.settings.snapshot_timeout, Code.SNAPSHOT_FAILED)
             except NETWORK_ERRORS as exc:  # the answer was lost: the snapshot may be there, or come
-                log.info("%s: lost the answer while %s: %s", self._entry.name, doing, exc)
+                log.info("%s: the answer was lost while %s: %s", subject, doing, exc)
                 lost = exc
+                self.settle((CREATE,))
             except FarshoreError as exc:
                 if exc.code is not Code.SOURCE_MACHINE_NOT_FOUND:
                     raise
-                lost = exc  # the task object is gone
-            self.settle((CREATE.lower(),))
+                lost = exc  # the task object is gone: the server was restarted
             found = self._find(name)
             if found is not None:
                 return found
             if lost is None:
                 break
-        error = lost or RuntimeError("the task succeeded, but the snapshot is not in the tree")
-        if isinstance(error, NETWORK_ERRORS):
-            raise classify(error, doing=doing, subject=self._entry.name) from error
+        if isinstance(lost, NETWORK_ERRORS):
+            raise classify(lost, doing=doing, subject=subject) from lost
+        reason = str(lost) if lost else "the task succeeded, but the snapshot is not in the tree"
         raise FarshoreError(
-            Code.SNAPSHOT_FAILED, f"Snapshot {name} did not come to be: {error}.", subject=self._entry.name
-        ) from error
+            Code.SNAPSHOT_FAILED, f"Snapshot {name} did not come to be: {reason}.", subject=subject
+        ) from lost
 
     def _find(self, name: str) -> SnapshotEntry | None:
         found = [s for s in self.tree() if s.name == name]

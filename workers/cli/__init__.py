@@ -1,1 +1,1 @@
-"""Room of the house; see docs."""
+"""The command line: `farshore …`, also as `temporal farshore …`. Thin: everything goes through the typed client."""

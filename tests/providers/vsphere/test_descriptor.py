@@ -34,7 +34,9 @@ def test_a_base_disk_on_vmfs_is_one_flat_file():
 
 
 def test_several_flat_extents_follow_each_other():
-    kind, extents = parse(text('RW 8 FLAT "a-f001.vmdk" 0', 'RW 4 FLAT "a-f002.vmdk" 2', kind="twoGbMaxExtentFlat"))
+    kind, extents = parse(
+        text('RW 8 FLAT "a-f001.vmdk" 0', 'RW 4 FLAT "a-f002.vmdk" 2', kind="twoGbMaxExtentFlat")
+    )
     assert kind == "twoGbMaxExtentFlat"
     assert extents == (FlatExtent(0, 4096, "a-f001.vmdk", 0), FlatExtent(4096, 2048, "a-f002.vmdk", 1024))
     assert pieces(extents, 4000, 200) == [("a-f001.vmdk", 4000, 96), ("a-f002.vmdk", 1024, 104)]

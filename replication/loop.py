@@ -1,0 +1,302 @@
+"""A leg: many cycles of one machine, in one call.
+
+A leg opens an epoch, reaps what a predecessor left at the source, and makes a point every interval until its time is
+over or it is asked to stop. Truth is in the store: a leg that is killed at any moment is continued by the next one from
+the newest committed point. Errors that may pass are waited out (1, 2, 4 … seconds): the epoch is opened anew after each,
+because the outcome of what failed may be unknown, but never taken from a successor. Other errors end the leg.
+"""
+
+from __future__ import annotations
+
+import time
+import uuid
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from datetime import datetime
+
+from farshore.domain.errors import Code, FarshoreError
+from farshore.domain.points import Consistency, RecoveryPoint
+from farshore.domain.retention import RetentionPolicy, prune
+from farshore.replication.engine import CycleResult, Pace, Stopped, never, run_cycle, utc_now
+from farshore.replication.ports import Progress, ProgressSink, ReplicaStore, ReplicaWriter, Source
+
+_POLL = 0.5  # the longest sleep between two looks at `should_stop`, seconds
+
+
+@dataclass(frozen=True, slots=True)
+class LegPlan:
+    """What a leg shall do. Seconds."""
+
+    machine: str
+    owner: str  # for people: who replicates (workflow, run, attempt)
+    interval_s: float
+    app_consistent_every_s: float | None = None  # None: crash-consistent points only
+    retention: RetentionPolicy = field(default_factory=RetentionPolicy)
+    until_s: float = 3600.0  # no cycle is begun after this time
+    stop_after_first: bool = False  # end with the first committed point
+    final: bool = False  # the source is shut down: its points are marked as final
+    resync: bool = False  # the first cycle reads the replica back and compares everything
+    want: Consistency = Consistency.CRASH  # of ordinary points
+    backoff_cap_s: float = 60.0
+    pace: Pace = field(default_factory=Pace)
+    tags: Mapping[str, str] = field(default_factory=dict[str, str])
+
+
+@dataclass(frozen=True, slots=True)
+class LegResult:
+    """What a leg did. Bytes and seconds; times are aware UTC."""
+
+    cycles: int  # attempted
+    points: int  # committed
+    newest: RecoveryPoint | None  # of the machine, also when this leg made none
+    full_copies: int
+    bytes_changed: int
+    bytes_read: int
+    bytes_shipped: int
+    pruned: int
+    errors: int  # waited out
+    last_error: str  # in words, "" if the last cycle was good
+    stopped_because: str  # "time" | "asked" | "first point"
+    newest_captured_at: datetime | None  # instant of the newest cut whose bytes all reached the target
+    newest_recoverable_at: datetime | None  # instant of the newest point that could be brought up now
+    worst_rpo_s: float  # the most that would have been lost at any moment of this leg, once it had a point
+
+
+def run_leg(
+    source: Source,
+    store: ReplicaStore,
+    plan: LegPlan,
+    *,
+    progress: ProgressSink | None = None,
+    should_stop: Callable[[], bool] = never,
+    clock: Callable[[], datetime] = utc_now,
+    monotonic: Callable[[], float] = time.monotonic,
+    sleep: Callable[[float], None] = time.sleep,
+) -> LegResult:
+    """Replicate one machine for a while. Blocking. ReplicaFenced when a successor took over.
+
+    `should_stop` is looked at several times a second, also in the middle of a copy; `progress` may raise to end the leg.
+    """
+    return _Leg(
+        source,
+        store,
+        plan,
+        progress=progress,
+        should_stop=should_stop,
+        clock=clock,
+        monotonic=monotonic,
+        sleep=sleep,
+    ).run()
+
+
+class _Leg:
+    def __init__(
+        self,
+        source: Source,
+        store: ReplicaStore,
+        plan: LegPlan,
+        *,
+        progress: ProgressSink | None,
+        should_stop: Callable[[], bool],
+        clock: Callable[[], datetime],
+        monotonic: Callable[[], float],
+        sleep: Callable[[float], None],
+    ) -> None:
+        self._source = source
+        self._store = store
+        self._plan = plan
+        self._sink = progress
+        self._should_stop = should_stop
+        self._clock = clock
+        self._monotonic = monotonic
+        self._sleep = sleep
+        # Attempts of one activity share `owner`; the token tells this leg from a former attempt of itself.
+        self._token = f"{plan.owner}#{uuid.uuid4().hex[:12]}"
+        self._epoch: int | None = None
+        self._writer: ReplicaWriter | None = None
+        self._newest: RecoveryPoint | None = None
+        self._app_tried_at: datetime | None = None
+        self._resync = plan.resync
+        self._cycles = self._points = self._full = self._pruned = self._errors = 0
+        self._changed = self._read = self._shipped = 0
+        self._last_error = ""
+        self._worst_rpo = 0.0
+
+    def run(self) -> LegResult:
+        end = self._monotonic() + self._plan.until_s
+        failures = 0
+        because = "time"
+        try:
+            while True:
+                if self._should_stop():
+                    because = "asked"
+                    break
+                began = self._monotonic()
+                if began >= end:
+                    break
+                try:
+                    self._cycle()
+                except Stopped:
+                    because = "asked"
+                    break
+                except FarshoreError as error:
+                    self._leave()
+                    if not error.retryable:
+                        raise
+                    failures += 1
+                    self._errors += 1
+                    self._last_error = error.info.text()
+                    pause = min(self._plan.backoff_cap_s, 2.0 ** min(failures - 1, 16))
+                    if error.retry_after is not None:
+                        pause = max(pause, error.retry_after)
+                    pause = min(pause, max(0.0, end - self._monotonic()))
+                    self._tell(f"waiting {pause:.0f} s: {error.info.message}")
+                    if not self._pause(self._monotonic() + pause):
+                        because = "asked"
+                        break
+                    continue
+                failures = 0
+                self._last_error = ""
+                if self._plan.stop_after_first:
+                    because = "first point"
+                    break
+                # A cycle that took longer than the interval is followed by the next at once.
+                due = began + self._plan.interval_s
+                self._tell("waiting for the next cycle")
+                if not self._pause(min(due, end)):
+                    because = "asked"
+                    break
+        finally:
+            self._leave()
+        taken = self._newest.taken_at if self._newest is not None else None
+        return LegResult(
+            cycles=self._cycles,
+            points=self._points,
+            newest=self._newest,
+            full_copies=self._full,
+            bytes_changed=self._changed,
+            bytes_read=self._read,
+            bytes_shipped=self._shipped,
+            pruned=self._pruned,
+            errors=self._errors,
+            last_error=self._last_error,
+            stopped_because=because,
+            newest_captured_at=taken,
+            newest_recoverable_at=taken,
+            worst_rpo_s=self._worst_rpo,
+        )
+
+    def _enter(self) -> ReplicaWriter:
+        """Open the epoch, once a leg and again after each error."""
+        if self._writer is not None:
+            return self._writer
+        self._tell("opening the replica")
+        writer = self._store.acquire(self._plan.machine, self._token, succeeding=self._epoch)
+        self._writer, self._epoch = writer, writer.epoch
+        points = writer.points()
+        self._newest = points[-1] if points else None
+        if self._app_tried_at is None:
+            consistent = [point.taken_at for point in points if point.consistency is Consistency.APPLICATION]
+            self._app_tried_at = max(consistent) if consistent else None
+        self._tell("clearing what a predecessor left at the source")
+        self._source.reap()
+        return writer
+
+    def _leave(self) -> None:
+        if self._writer is not None:
+            self._writer.close()
+            self._writer = None
+
+    def _cycle(self) -> None:
+        writer = self._enter()
+        before = self._newest
+        self._cycles += 1
+        result = self._make_point(writer)
+        self._resync = False
+        self._points += 1
+        self._newest = result.point
+        self._full += result.full
+        self._changed += result.bytes_changed
+        self._read += result.bytes_read
+        self._shipped += result.bytes_shipped
+        if before is not None:
+            exposed = (result.manifest.committed_at - before.taken_at).total_seconds()
+            self._worst_rpo = max(self._worst_rpo, exposed)
+        if result.release_error:
+            self._tell(f"the source kept a snapshot that will be removed later: {result.release_error}")
+        self._tell("point committed")
+        self._retain(writer)
+
+    def _make_point(self, writer: ReplicaWriter) -> CycleResult:
+        want = self._plan.want
+        now = self._clock()
+        every = self._plan.app_consistent_every_s
+        if every is not None and not self._plan.final:
+            last = self._app_tried_at
+            if last is None or (now - last).total_seconds() >= every:
+                want = Consistency.APPLICATION
+                self._app_tried_at = now
+        try:
+            return self._run_cycle(writer, want)
+        except FarshoreError as error:
+            if want is not Consistency.APPLICATION or error.code is not Code.SNAPSHOT_FAILED:
+                raise
+            # A guest that cannot be quiesced must not cost the crash-consistent point.
+            self._tell(f"no app-consistent point: {error.info.message}")
+            return self._run_cycle(writer, self._plan.want)
+
+    def _run_cycle(self, writer: ReplicaWriter, want: Consistency) -> CycleResult:
+        return run_cycle(
+            self._source,
+            writer,
+            machine=self._plan.machine,
+            want=want,
+            final=self._plan.final,
+            resync=self._resync,
+            tags=self._plan.tags,
+            progress=self._forward,
+            should_stop=self._should_stop,
+            pace=self._plan.pace,
+            clock=self._clock,
+        )
+
+    def _retain(self, writer: ReplicaWriter) -> None:
+        """Prune. A failure costs nothing but space: the next cycle tries again."""
+        try:
+            victims = prune(writer.points(), self._plan.retention, self._clock())
+            if victims:
+                self._pruned += len(writer.remove_points([point.cycle for point in victims]))
+        except FarshoreError as error:
+            if error.code is Code.REPLICA_FENCED or not error.retryable:
+                raise
+            self._tell(f"old points stay for now: {error.info.message}")
+
+    def _pause(self, until: float) -> bool:
+        """Sleep; False when asked to stop."""
+        while True:
+            if self._should_stop():
+                return False
+            left = until - self._monotonic()
+            if left <= 0:
+                return True
+            self._sleep(min(left, _POLL))
+
+    def _tell(self, stage: str) -> None:
+        self._forward(Progress(stage, "", 0, 0, self._writer.cycle if self._writer is not None else 0))
+
+    def _forward(self, progress: Progress) -> None:
+        if self._sink is None:
+            return
+        newest = self._newest
+        self._sink(
+            Progress(
+                stage=progress.stage,
+                disk=progress.disk,
+                done=progress.done,
+                total=progress.total,
+                cycle=progress.cycle,
+                points=self._points,
+                newest_point=newest.id if newest is not None else "",
+                newest_taken_at=newest.taken_at if newest is not None else None,
+            )
+        )

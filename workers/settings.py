@@ -1,0 +1,161 @@
+"""Settings of workers and command line: one TOML file, secrets by reference.
+
+    [temporal]   address, namespace, tls_ca_file …
+    [plans]      folder
+    [sites.east]         provider = "vsphere", host, user, password = "file:/run/secrets/vcenter"
+    [sites.westeurope]   provider = "azure", tenant, client_id, client_secret = "env:AZURE_CLIENT_SECRET" …
+
+A reference is `env:NAME` or `file:PATH`; a literal where a secret belongs is refused.
+"""
+
+from __future__ import annotations
+
+import os
+import tomllib
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from farshore.contract import names
+from farshore.contract.converter import explain
+from farshore.domain.errors import Code, FarshoreError
+
+SETTINGS_VARIABLE = "FARSHORE_SETTINGS"
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class TemporalSettings(_Part):
+    address: str = "127.0.0.1:7233"
+    namespace: str = "default"
+    ui: str = Field(default="http://127.0.0.1:8233", description="where people find the web UI, for links")
+    tls_ca_file: str | None = None
+    api_key: str | None = Field(default=None, description="secret reference")
+
+
+class PlanSettings(_Part):
+    folder: Path
+
+
+class WorkerTuning(_Part):
+    """How a worker uses its machine. Seconds."""
+
+    leg: float = Field(default=3600.0, gt=0, description="length of one replication activity")
+    activities: int = Field(default=100, gt=0, description="steps at the same time")
+    heartbeat_throttle: float = Field(default=3.0, gt=0, description="longest delay of a heartbeat")
+    graceful_shutdown: float = Field(default=10.0, ge=0)
+    metrics: str | None = Field(default=None, description="host:port for Prometheus; none: no metrics")
+
+
+class VSphereSite(_Part):
+    provider: Literal["vsphere"]
+    host: str
+    port: int = 443
+    user: str
+    password: str = Field(description="secret reference")
+    ca_file: str | None = None
+    thumbprint: str | None = None
+    datacenter: str | None = None
+    encode_twice: bool = False
+    max_connections: int = 4
+
+
+class AzureSite(_Part):
+    provider: Literal["azure"]
+    tenant: str
+    client_id: str
+    client_secret: str = Field(description="secret reference")
+    subscription: str
+    resource_group: str
+    location: str
+    storage_account_id: str
+    blob_endpoint: str
+    storage_account: str
+    storage_key: str = Field(description="secret reference")
+    base_url: str = "https://management.azure.com"
+    authority: str | None = None
+    ca_file: str | None = None
+    container: str = "farshore"
+    polling_interval: float = 5.0
+
+
+Site = Annotated[VSphereSite | AzureSite, Field(discriminator="provider")]
+
+
+class Settings(_Part):
+    """Everything a worker or the command line needs to know."""
+
+    temporal: TemporalSettings = TemporalSettings()
+    plans: PlanSettings
+    sites: dict[str, Site]
+    worker: WorkerTuning = WorkerTuning()
+
+    def queue(self, site: str, *, wanted: str) -> str:
+        """The task queue of a site. SiteUnknown when the settings don't have it."""
+        found = self.sites.get(site)
+        if found is None:
+            raise FarshoreError(
+                Code.SITE_UNKNOWN,
+                f"There is no site {site!r}; the settings have {', '.join(sorted(self.sites)) or 'none'}.",
+                subject=site,
+                details={"wanted_as": wanted},
+            )
+        return names.site_queue(site, found.provider)
+
+    def source_queue(self, site: str) -> str:
+        """Where steps on source machines run."""
+        return self.queue(site, wanted="source")
+
+    def target_queue(self, site: str) -> str:
+        """Where steps at the target run."""
+        return self.queue(site, wanted="target")
+
+
+def load_settings(path: Path | None = None) -> Settings:
+    """Read the settings file: `path`, else the variable FARSHORE_SETTINGS, else ./farshore.toml.
+
+    Raises ConfigurationInvalid with the fields that are wrong.
+    """
+    chosen = path or Path(os.environ.get(SETTINGS_VARIABLE, "farshore.toml"))
+    try:
+        text = chosen.read_text(encoding="utf-8")
+    except OSError as error:
+        raise FarshoreError(
+            Code.CONFIGURATION_INVALID,
+            f"The settings file {chosen} can't be read: {error.strerror}.",
+            action=f"Give its path with --settings or in {SETTINGS_VARIABLE}.",
+        ) from None
+    try:
+        data = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise FarshoreError(Code.CONFIGURATION_INVALID, f"{chosen} is not valid TOML: {error}.") from None
+    try:
+        settings = Settings.model_validate(data)
+    except ValidationError as error:
+        raise FarshoreError(Code.CONFIGURATION_INVALID, f"{chosen}: {explain(error)}.") from None
+    folder = settings.plans.folder
+    if not folder.is_absolute():
+        plans = PlanSettings(folder=(chosen.parent / folder).resolve())
+        settings = settings.model_copy(update={"plans": plans})
+    return settings
+
+
+def secret(reference: str, what: str) -> str:
+    """Resolve `env:NAME` or `file:PATH`. SecretUnavailable tells which reference of which setting, never the value."""
+    scheme, _, rest = reference.partition(":")
+    if scheme == "env":
+        value = os.environ.get(rest)
+        if value:
+            return value
+        problem = f"the variable {rest} is not set"
+    elif scheme == "file":
+        try:
+            return Path(rest).read_text(encoding="utf-8").strip()
+        except OSError as error:
+            problem = f"the file {rest} can't be read ({error.strerror})"
+    else:
+        problem = "it must be a reference such as env:NAME or file:PATH, not the secret itself"
+    raise FarshoreError(Code.SECRET_UNAVAILABLE, f"The secret {what} is not available: {problem}.", subject=what)

@@ -1,0 +1,99 @@
+"""Adapters of this worker's sites, made when first needed. The only place that knows which class serves a provider;
+each SDK is imported only if a site needs it.
+"""
+
+from __future__ import annotations
+
+import threading
+from typing import Any
+
+from farshore.domain.errors import Code, FarshoreError
+from farshore.providers.ports import SourceSite, TargetSite
+from farshore.workers.settings import AzureSite, Settings, VSphereSite, secret
+
+
+class ConfiguredSites:
+    """Fills `activities.sites.Sites` from the settings. Thread-safe."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+        self._made: dict[str, Any] = {}
+        self._lock = threading.Lock()
+
+    def source(self, site: str) -> SourceSite:
+        """The adapter of a source site."""
+        found = self._site(site)
+        if not isinstance(found, VSphereSite):
+            raise self._unknown(site, "source")
+        with self._lock:
+            if site not in self._made:
+                self._made[site] = _vsphere(site, found)
+            return self._made[site]
+
+    def target(self, site: str) -> TargetSite:
+        """The adapter of a target site."""
+        found = self._site(site)
+        if not isinstance(found, AzureSite):
+            raise self._unknown(site, "target")
+        with self._lock:
+            if site not in self._made:
+                self._made[site] = _azure(site, found)
+            return self._made[site]
+
+    async def close(self) -> None:
+        """End the sessions of all sites."""
+        for site in list(self._made.values()):
+            await site.close()
+
+    def _site(self, site: str) -> VSphereSite | AzureSite:
+        found = self._settings.sites.get(site)
+        if found is None:
+            raise self._unknown(site, "source or target")
+        return found
+
+    def _unknown(self, site: str, role: str) -> FarshoreError:
+        return FarshoreError(Code.SITE_UNKNOWN, f"{site!r} is not a {role} of this worker.", subject=site)
+
+
+def _vsphere(name: str, site: VSphereSite) -> SourceSite:
+    from farshore.providers.vsphere.adapter import VSphereSite as Adapter
+    from farshore.providers.vsphere.settings import VSphereSettings
+
+    return Adapter(
+        VSphereSettings(
+            host=site.host,
+            port=site.port,
+            user=site.user,
+            password=secret(site.password, f"sites.{name}.password"),
+            ca_file=site.ca_file,
+            thumbprint=site.thumbprint,
+            datacenter=site.datacenter,
+            encode_twice=site.encode_twice,
+            max_connections=site.max_connections,
+        )
+    )
+
+
+def _azure(name: str, site: AzureSite) -> TargetSite:
+    from farshore.providers.azure.adapter import AzureSite as Adapter
+    from farshore.providers.azure.settings import AzureSettings
+
+    return Adapter(
+        AzureSettings(
+            tenant=site.tenant,
+            client_id=site.client_id,
+            client_secret=secret(site.client_secret, f"sites.{name}.client_secret"),
+            subscription=site.subscription,
+            resource_group=site.resource_group,
+            location=site.location,
+            base_url=site.base_url,
+            authority=site.authority,
+            ca_file=site.ca_file,
+            storage_account_id=site.storage_account_id,
+            blob_endpoint=site.blob_endpoint,
+            storage_account=site.storage_account,
+            storage_key=secret(site.storage_key, f"sites.{name}.storage_key"),
+            container=site.container,
+            polling_interval=site.polling_interval,
+        )
+    )
