@@ -120,6 +120,7 @@ class LegReport(Message):
 class FinalCycleCall(Message):
     spec: MachineSpec
     owner: str
+    patience: float = 3600.0  # seconds for which failing attempts are repeated
 
 
 class CheckTargetCall(Message):

@@ -11,14 +11,15 @@ from temporalio import activity
 from farshore.activities import messages as m
 from farshore.activities import signatures as s
 from farshore.activities.sites import Sites
-from farshore.activities.support import Beat, beating, in_thread
+from farshore.activities.support import beating, in_thread
 from farshore.activities.views import point_view
+from farshore.contract.machine import MachineSpec
 from farshore.contract.runs import PointView
-from farshore.domain.points import Consistency
-from farshore.domain.retention import Bucket
+from farshore.domain.errors import Code, FarshoreError
+from farshore.domain.retention import RetentionPolicy
 from farshore.providers.ports import Severity, SourceMachine
-from farshore.replication.engine import run_cycle
-from farshore.replication.loop import LegPlan, run_leg
+from farshore.replication.engine import Stopped
+from farshore.replication.loop import LegPlan, LegResult, run_leg
 from farshore.replication.ports import Progress
 
 
@@ -70,30 +71,19 @@ class SourceActivities:
     async def replicate_leg(self, call: m.LegCall) -> m.LegReport:
         """Many cycles of replication. What it has done is in the store, not in Temporal."""
         spec, policy = call.spec, call.spec.policy
-        plan = LegPlan(
-            machine=spec.machine,
-            owner=call.owner,
-            interval_s=policy.interval,
-            app_consistent_every_s=policy.app_consistent_every,
-            retention=tuple(Bucket(*pair) for pair in policy.retention),
-            until_s=call.until_seconds,
-            stop_after_first=call.stop_after_first,
-            force_full=call.force_full,
+        done = await self._leg(
+            spec,
+            LegPlan(
+                machine=spec.machine,
+                owner=call.owner,
+                interval_s=policy.interval,
+                app_consistent_every_s=policy.app_consistent_every,
+                retention=RetentionPolicy(policy.retention),
+                until_s=call.until_seconds,
+                stop_after_first=call.stop_after_first,
+                resync=call.force_full,
+            ),
         )
-        async with beating() as beat:
-
-            def work(should_stop: Callable[[], bool]) -> Any:
-                source = self._sites.source(spec.source_site).open_source(spec.machine, spec.source)
-                store = self._sites.target(spec.target_site).open_store()
-                try:
-                    return run_leg(
-                        source, store, plan, progress=lambda p: beat.note(_progress(p)), should_stop=should_stop
-                    )
-                finally:
-                    source.close()
-                    store.close()
-
-            done = await in_thread(work)
         return m.LegReport(
             cycles=done.cycles,
             newest=point_view(done.newest) if done.newest else None,
@@ -106,38 +96,48 @@ class SourceActivities:
     async def final_cycle(self, call: m.FinalCycleCall) -> PointView:
         """One more point under a new epoch, after the source was shut down: whatever it wrote is in it."""
         spec = call.spec
+        done = await self._leg(
+            spec,
+            LegPlan(
+                machine=spec.machine,
+                owner=call.owner,
+                interval_s=1.0,
+                retention=RetentionPolicy(spec.policy.retention),
+                until_s=call.patience,
+                stop_after_first=True,
+                final=True,
+            ),
+        )
+        if done.points == 0 or done.newest is None:
+            raise FarshoreError(
+                Code.SOURCE_READ_FAILED,
+                f"The last changes of {spec.machine} could not be copied: {done.last_error or 'no time was left'}.",
+                subject=spec.machine,
+            )
+        return point_view(done.newest)
+
+    async def _leg(self, spec: MachineSpec, plan: LegPlan) -> LegResult:
         async with beating() as beat:
 
-            def work(should_stop: Callable[[], bool]) -> Any:
+            def work(should_stop: Callable[[], bool]) -> LegResult:
                 source = self._sites.source(spec.source_site).open_source(spec.machine, spec.source)
-                store = self._sites.target(spec.target_site).open_store()
                 try:
-                    return _one_cycle(source, store, call, beat, should_stop)
+                    store = self._sites.target(spec.target_site).open_store()
+                    try:
+                        return run_leg(
+                            source, store, plan, progress=lambda p: beat.note(_progress(p)), should_stop=should_stop
+                        )
+                    finally:
+                        store.close()
                 finally:
                     source.close()
-                    store.close()
 
-            point = await in_thread(work)
-        return point_view(point)
-
-
-def _one_cycle(
-    source: Any, store: Any, call: m.FinalCycleCall, beat: Beat, should_stop: Callable[[], bool]
-) -> Any:
-    writer = store.acquire(call.spec.machine, call.owner)
-    try:
-        result = run_cycle(
-            source,
-            writer,
-            machine=call.spec.machine,
-            want=Consistency.CRASH,
-            final=True,
-            progress=lambda p: beat.note(_progress(p)),
-            should_stop=should_stop,
-        )
-        return result.point
-    finally:
-        writer.close()
+            try:
+                return await in_thread(work)
+            except Stopped:
+                raise FarshoreError(
+                    Code.RUN_ABORTED, f"Replication of {spec.machine} was stopped.", subject=spec.machine
+                ) from None
 
 
 def _progress(p: Progress) -> dict[str, Any]:

@@ -123,8 +123,8 @@ def _grouped_twice(data: Data) -> Iterator[Issue]:
 
 
 def _grouped_nowhere(data: Data) -> Iterator[Issue]:
-    if "boot" not in data:
-        return
+    if "boot" not in data or any(not isinstance(g.get("machines", []), list) for _, g in _groups(data)):
+        return  # the groups themselves are wrong: the model says so
     grouped = {name for _, name in _members(data)}
     for name in _map(data.get("machines")):
         if name not in grouped:
@@ -206,14 +206,6 @@ def _taken_twice(data: Data) -> Iterator[Issue]:
 def _networks(data: Data) -> Iterator[Issue]:
     network = _map(data.get("network"))
     failover, test = network.get("failover"), network.get("test")
-    if isinstance(test, str) and isinstance(failover, str) and test.lower() == failover.lower():
-        yield Issue(
-            ("network", "test"),
-            ERROR,
-            "test-in-production",
-            f"tests would run in {failover!r}, the network of the real failover",
-            "Write `isolated`, or name a network that has no way into production.",
-        )
     if isinstance(failover, str) and failover.lower() == "isolated":
         yield Issue(
             ("network", "failover"),
@@ -221,6 +213,14 @@ def _networks(data: Data) -> Iterator[Issue]:
             "failover-isolated",
             "`isolated` is made and removed by a test; a real failover needs a network that stays",
             "Name a network of the target site.",
+        )
+    elif isinstance(test, str) and isinstance(failover, str) and test.lower() == failover.lower():
+        yield Issue(
+            ("network", "test"),
+            ERROR,
+            "test-in-production",
+            f"tests would run in {failover!r}, the network of the real failover",
+            "Write `isolated`, or name a network that has no way into production.",
         )
 
 

@@ -16,7 +16,7 @@ from ruamel.yaml.error import MarkedYAMLError, YAMLError
 from ruamel.yaml.nodes import MappingNode, Node, ScalarNode, SequenceNode
 from ruamel.yaml.reader import ReaderError
 
-MAX_PARTS = 300_000  # of a plan once its anchors are written out
+MAX_PARTS = 100_000  # of a plan once its anchors are written out
 MAX_BYTES = 1_000_000  # a plan is pinned into the history of its runs, whose payloads end at 2 MB
 
 Path = tuple[str | int, ...]
@@ -166,9 +166,12 @@ def _syntax(error: YAMLError, text: str) -> Problem:
     return Problem(position, "yaml", f"not valid YAML: {raw}", "Correct the text at this place.")
 
 
+_LINE_END = re.compile("\r\n|[\n\r]")  # as YAML 1.2 and editors count lines
+
+
 def _offset(text: str, offset: int) -> Position:
-    before = text[:offset]
-    return Position(before.count("\n") + 1, offset - (before.rfind("\n") + 1) + 1)
+    lines = _LINE_END.split(text[:offset])
+    return Position(len(lines), len(lines[-1]) + 1)
 
 
 class _TooLarge(Exception):

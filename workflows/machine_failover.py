@@ -237,10 +237,10 @@ class MachineFailover:
         self._say("stopping the replication loop")
         await self._update("halt", Halt(run=self._in.run, wait=self._in.kind is RunKind.PLANNED), "halt")
 
-    async def _final_cycle(self, rules: s.Rules | None = None) -> None:
+    async def _final_cycle(self, rules: s.Rules | None = None, patience: float = 3600.0) -> None:
         self._final = await run_step(
             s.FINAL_CYCLE,
-            m.FinalCycleCall(spec=self._in.spec, owner=self._in.run),
+            m.FinalCycleCall(spec=self._in.spec, owner=self._in.run, patience=patience),
             queue=self._in.spec.source_queue,
             summary=self._say("copying the last changes"),
             rules=rules,
@@ -250,7 +250,7 @@ class MachineFailover:
     async def _try_final_cycle(self) -> None:
         if self._fence is None or self._in.choice != "latest" or not self._reachable:
             return  # a machine that may still write gives no last point; the newest one is as good
-        await self._attempt(self._final_cycle(s.SOURCE_BEST_EFFORT), "the last changes could not be copied")
+        await self._attempt(self._final_cycle(s.SOURCE_BEST_EFFORT, patience=60.0), "the last changes could not be copied")
 
     async def _prove(self, rules: s.Rules | None = None) -> None:
         proof = await run_step(

@@ -50,6 +50,8 @@ def unknown_names(package: str, model: str, document: Any) -> list[str]:
 
 
 _UNKNOWN = "is not a member"
+_OPEN = frozenset({"VirtualMachineSizeTypes"})
+"""Enumerations that the service itself keeps longer than the SDK: it lists no size newer than 2018."""
 _SCALARS: dict[Any, tuple[type, ...]] = {str: (str,), int: (int,), float: (int, float), bool: (bool,)}
 
 
@@ -103,6 +105,8 @@ def _check_plain(package: str, kind: Any, value: Any, path: str) -> list[str]:
     if kind is bytes:
         return [] if isinstance(value, str) else [f"{path}: {value!r} is no base64 text"]
     if isinstance(kind, type) and issubclass(kind, enum.Enum):
+        if kind.__name__ in _OPEN:
+            return _check_plain(package, str, value, path)
         allowed = [member.value for member in kind]
         return [] if value in allowed else [f"{path}: {value!r} is none of {allowed}"]
     if any(base.__name__ == "Model" for base in getattr(kind, "__mro__", ())):

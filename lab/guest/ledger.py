@@ -210,7 +210,14 @@ class LedgerWriter:
         index = number % count
         now = max(self._clock_ns(), self.last_time_ns + 1)
         data, digest = _encode(
-            number, kind, now, index, self._super.ledger_id, self._previous, self._name, self._filler
+            number=number,
+            kind=kind,
+            time_ns=now,
+            disk=index,
+            identity=self._super.ledger_id,
+            previous=self._previous,
+            name=self._name,
+            filler=self._filler,
         )
         slot = (number // count) % self._super.slots
         self._disks[index].write(self._area_offset + RING_OFFSET + slot * RECORD_SIZE, data)
@@ -332,6 +339,7 @@ def _read_supers(disks: Sequence[ReadableDevice], area_offset: int) -> list[_Sup
 
 
 def _encode(
+    *,
     number: int,
     kind: Kind,
     time_ns: int,
@@ -355,8 +363,6 @@ def _decode(raw: bytes) -> Record | None:
         return None
     _, kind, length, disk, _, number, time_ns, identity, previous, name = _HEAD.unpack_from(raw)
     try:
-        return Record(
-            number, Kind(kind), time_ns, disk, name[:length].decode(), identity, previous, digest
-        )
+        return Record(number, Kind(kind), time_ns, disk, name[:length].decode(), identity, previous, digest)
     except ValueError:  # a kind or a name that no writer makes
         return None

@@ -19,7 +19,9 @@ from farshore.lab.vcenter.service import LabVCenter, RootInUseError
 def main() -> int:
     parser = argparse.ArgumentParser(prog="farshore.lab.vcenter", description="Laboratory vCenter.")
     parser.add_argument("--root", type=Path, required=True, help="directory of state, disks and certificates")
-    parser.add_argument("--port", type=int, default=0, help="of /sdk and /folder; 0: the last one, or any free one")
+    parser.add_argument(
+        "--port", type=int, default=0, help="of /sdk and /folder; 0: the last one, or any free one"
+    )
     parser.add_argument("--control-port", type=int, default=0)
     parser.add_argument("--config", type=Path, help="inventory (JSON or YAML), read at the first start only")
     parser.add_argument("--user", help="login name, set at the first start")

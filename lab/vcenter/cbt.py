@@ -94,7 +94,11 @@ class ChangeTracking:
     def parse(self, change_id: str) -> int:
         """The number of an id of this epoch. Raises `StaleChangeIdError`."""
         prefix, _, digits = change_id.rpartition("/")
-        if not digits.isdecimal() or format_change_id(self.epoch, 0) != f"{prefix}/0" or int(digits) > self.number:
+        if (
+            not digits.isdecimal()
+            or format_change_id(self.epoch, 0) != f"{prefix}/0"
+            or int(digits) > self.number
+        ):
             raise StaleChangeIdError(change_id)
         return int(digits)
 

@@ -10,6 +10,7 @@ import threading
 import time
 import uuid
 from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from farshore.lab.vcenter.objects import Entity, InvalidPathError, Managed, wsdl
@@ -37,6 +38,15 @@ class _Missing(Exception):
         self.ref = ref
 
 
+@dataclass(slots=True)
+class _Walk:
+    """One evaluation of a specification: named selections, what was found, what was seen."""
+
+    named: dict[str, Any]
+    found: dict[str, Managed]
+    visited: set[tuple[str, str]]
+
+
 class Selection:
     """A filter specification, ready to be evaluated."""
 
@@ -46,7 +56,9 @@ class Selection:
         self.traverses = any(o.selectSet for o in spec.objectSet)
         for prop in spec.propSet:
             if not isinstance(prop.type, type) or not issubclass(prop.type, ManagedObject):
-                raise make_fault("vmodl.fault.InvalidType", "Not a managed object type.", argument=str(prop.type))
+                raise make_fault(
+                    "vmodl.fault.InvalidType", "Not a managed object type.", argument=str(prop.type)
+                )
             for path in prop.pathSet or ():
                 self._check(prop.type, path)
 
@@ -65,28 +77,21 @@ class Selection:
             _collect_names(start.selectSet or (), named)
             visited: set[tuple[str, str]] = set()
             try:
-                self._walk(start.obj, start.selectSet or (), bool(start.skip), named, found, visited)
+                walk = _Walk(named, found, visited)
+                self._walk(walk, start.obj, start.selectSet or (), bool(start.skip))
             except _Missing as missing:
                 if not self._spec.reportMissingObjectsInResults:
                     raise _not_found(missing.ref) from missing
         return found
 
-    def _walk(
-        self,
-        ref: Any,
-        selects: Iterable[Any],
-        skip: bool,
-        named: dict[str, Any],
-        found: dict[str, Managed],
-        visited: set[tuple[str, str]],
-    ) -> None:
+    def _walk(self, walk: _Walk, ref: Any, selects: Iterable[Any], skip: bool) -> None:
         obj = self._lab.find(ref)
         if obj is None:
             raise _Missing(ref)
         if not skip:
-            found[obj.moid] = obj
+            walk.found[obj.moid] = obj
         for select in selects:
-            step = select if isinstance(select, PC.TraversalSpec) else named.get(select.name)
+            step = select if isinstance(select, PC.TraversalSpec) else walk.named.get(select.name)
             if step is None:
                 raise make_fault(
                     "vmodl.fault.InvalidArgument",
@@ -96,19 +101,21 @@ class Selection:
             if not issubclass(obj.vtype, step.type):
                 continue
             mark = (obj.moid, step.name or str(id(step)))
-            if mark in visited:
+            if mark in walk.visited:
                 continue
-            visited.add(mark)
+            walk.visited.add(mark)
             try:
                 value = obj.get(step.path)
             except InvalidPathError as error:
                 raise make_fault(
                     "vmodl.query.InvalidProperty", f"Invalid property {step.path}", name=step.path
                 ) from error
-            targets: list[Any] = list(value) if isinstance(value, list) else [value] if value is not None else []
+            targets: list[Any] = (
+                list(value) if isinstance(value, list) else [value] if value is not None else []
+            )
             for target in targets:
                 try:
-                    self._walk(target, step.selectSet or (), bool(step.skip), named, found, visited)
+                    self._walk(walk, target, step.selectSet or (), bool(step.skip))
                 except _Missing:
                     continue  # it went while we walked
 
@@ -133,7 +140,9 @@ class Selection:
             try:
                 value = obj.get(path)
             except InvalidPathError as error:
-                raise make_fault("vmodl.query.InvalidProperty", f"Invalid property {path}", name=path) from error
+                raise make_fault(
+                    "vmodl.query.InvalidProperty", f"Invalid property {path}", name=path
+                ) from error
             if value is not None:
                 values.append(vmodl.DynamicProperty(name=path, val=value))
         return PC.ObjectContent(obj=obj.ref, propSet=values, missingSet=missing)
@@ -175,7 +184,7 @@ class Filter(Managed):
     @wsdl
     def DestroyPropertyFilter(self) -> None:
         self.collector.filters.pop(self.moid, None)
-        self.lab.forget(self)
+        self.collector.disown(self)
 
     def changes(self, room: int) -> tuple[list[Any], bool]:
         """Up to `room` object updates since `seen`, and whether there are more."""
@@ -309,7 +318,7 @@ class PropertyCollector(Managed):
         self._destroyed = True
         for item in list(self.filters.values()):
             item.DestroyPropertyFilter()
-        self.lab.forget(self)
+        self.disown(self)
         self.lab.wake()
 
     @wsdl
@@ -345,7 +354,9 @@ class PropertyCollector(Managed):
             if updates is not None:
                 return updates
             if session is not None and not session.alive:
-                raise make_fault("vim.fault.NotAuthenticated", "The session is not authenticated.", object=self.ref)
+                raise make_fault(
+                    "vim.fault.NotAuthenticated", "The session is not authenticated.", object=self.ref
+                )
             if self._destroyed:
                 raise _not_found(self.ref)
             if self._cancelled != cancelled or lab.stopping:
@@ -357,17 +368,18 @@ class PropertyCollector(Managed):
 
     def _rewind(self, version: str | None) -> None:
         """Go to what the client says it knows: nothing, the last answer, or (that got lost) the one before."""
-        if not version:
+        known = not version or (version.isdecimal() and int(version) <= self._version)
+        if not known:
+            raise make_fault("vmodl.query.InvalidCollectorVersion", "The data version is not known.")
+        if not version or int(version) < self._version - 1:
             for item in self.filters.values():
                 item.seen = {}
         elif version == str(self._version):
-            pass
-        elif version == str(self._version - 1):
+            return
+        else:
             for item in self.filters.values():
                 item.seen = dict(self._before.get(item.moid, {}))
             self._version -= 1
-        else:
-            raise make_fault("vmodl.query.InvalidCollectorVersion", "The data version is not known.")
 
     def _updates(self, room: int) -> Any:
         before = {f.moid: dict(f.seen) for f in self.filters.values()}
@@ -390,6 +402,12 @@ class PropertyCollector(Managed):
     def _moid(self) -> str:
         session = self.lab.calls.session
         return f"session[{session.key if session else ''}]{uuid.uuid4()}"
+
+    def disown(self, item: Managed) -> None:
+        """Forget an object of this session."""
+        if self.session is not None:
+            self.session.objects.pop(item.moid, None)
+        self.lab.forget(item)
 
     def _own(self, item: Managed) -> None:
         session = self.lab.calls.session
@@ -455,7 +473,9 @@ class ContainerView(Managed):
             found[entity.moid] = entity
             if self.recursive:
                 stack.extend(entity.children())
-        refs = [e.ref for e in sorted(found.values(), key=lambda e: e.moid) if issubclass(e.vtype, self.kinds)]
+        refs = [
+            e.ref for e in sorted(found.values(), key=lambda e: e.moid) if issubclass(e.vtype, self.kinds)
+        ]
         return array(vim.ManagedEntity, refs)
 
     @wsdl

@@ -72,14 +72,14 @@ def devices(machine: Machine, view: dict[str, Any] | None = None) -> Any:
             change_id = disk.cbt.change_id if disk.cbt else None
             disks.append(disk_device(machine, disk, disk.live, change_id, disk.capacity))
         elif (frozen := view.get(str(disk.key))) is not None:
-            disks.append(
-                disk_device(machine, disk, frozen["link"], frozen["change_id"], frozen["capacity"])
-            )
+            disks.append(disk_device(machine, disk, frozen["link"], frozen["change_id"], frozen["capacity"]))
         elif disk.mode.startswith("independent"):
             disks.append(disk_device(machine, disk, disk.live, None, disk.capacity))
     result.append(
         vim.vm.device.VirtualPCIController(
-            key=100, busNumber=0, deviceInfo=vim.Description(label="PCI controller 0", summary="PCI controller 0")
+            key=100,
+            busNumber=0,
+            deviceInfo=vim.Description(label="PCI controller 0", summary="PCI controller 0"),
         )
     )
     result.append(

@@ -124,7 +124,7 @@ class Disk:
             "backing": self.backing,
             "thin": self.thin,
             "live": self.live,
-            "links": {str(link.number): link.parent for link in self.links.values()},
+            "links": {str(link.number): link.parent for link in list(self.links.values())},
             "cbt": self.cbt.to_json() if self.cbt else None,
             "blind": bool(self.cbt and self.cbt.blind),
         }
@@ -178,7 +178,9 @@ class Disk:
             self.cbt.record(first, last)
         link = self.links[self.live]
         if link.parent is not None:
-            self._fill_edge(link, first, offset > first * BLOCK or (first == last and end < self._block_end(first)))
+            self._fill_edge(
+                link, first, offset > first * BLOCK or (first == last and end < self._block_end(first))
+            )
             if last != first:
                 self._fill_edge(link, last, end < self._block_end(last))
         _pwrite(link.fd, data, offset)
@@ -236,8 +238,11 @@ class Disk:
         """Links that are neither live nor owned by a snapshot and have at most one child."""
         return [
             n
-            for n in self.links
-            if n != self.live and n not in owned and (n != BASE or self._children(n)) and len(self._children(n)) <= 1
+            for n in list(self.links)
+            if n != self.live
+            and n not in owned
+            and (n != BASE or self._children(n))
+            and len(self._children(n)) <= 1
         ]
 
     def copy_down(self, number: int) -> None:
@@ -338,7 +343,7 @@ class Disk:
         self.links[number] = Link(number, parent, path, map_path, self.capacity)
 
     def _children(self, number: int) -> list[int]:
-        return [link.number for link in self.links.values() if link.parent == number]
+        return [link.number for link in list(self.links.values()) if link.parent == number]
 
     def _free_number(self) -> int:
         number = 1

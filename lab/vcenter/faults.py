@@ -96,7 +96,9 @@ class Faults:
         with self._lock:
             return [asdict(rule) for rule, _ in self._rules]
 
-    def match(self, stage: Stage, method: str, target: str | None, moid: str | None = None, when: str = "") -> FaultRule | None:
+    def match(
+        self, stage: Stage, method: str, target: str | None, moid: str | None = None, when: str = ""
+    ) -> FaultRule | None:
         """The rule that fires for this call, counted, or None."""
         with self._lock:
             for rule, chance in self._rules:

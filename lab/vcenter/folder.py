@@ -205,7 +205,7 @@ class FolderService:
             for disk in machine.disks.values():
                 if disk.datastore != store.name:
                     continue
-                for number in disk.links:
+                for number in list(disk.links):
                     for part, known in (
                         ("descriptor", disk.descriptor_name(number)),
                         ("extent", disk.extent_name(number)),
@@ -252,7 +252,9 @@ class FolderService:
         return Content(disk.capacity + len(header), path=link.path, header=header, link=link)
 
     def _check_readable(self, machine: Machine, disk: Disk, link: int) -> None:
-        if disk.key in machine.held_extents or (machine.powered_on and machine.registered and link == disk.live):
+        if disk.key in machine.held_extents or (
+            machine.powered_on and machine.registered and link == disk.live
+        ):
             raise FolderError(500, "The file is locked.")
 
     def _check_writable(self, target: _Target) -> None:
@@ -289,7 +291,11 @@ def descriptor_text(machine: Machine, disk: Disk, link: int) -> str:
         lines.append(f'parentFileNameHint="{disk.descriptor_name(parent)}"')
     lines += ["# Extent description", extent, ""]
     if disk.cbt is not None:
-        lines += ["# Change Tracking File", f'changeTrackPath="{disk.descriptor_name(link)[:-5]}-ctk.vmdk"', ""]
+        lines += [
+            "# Change Tracking File",
+            f'changeTrackPath="{disk.descriptor_name(link)[:-5]}-ctk.vmdk"',
+            "",
+        ]
     lines += [
         "# The Disk Data Base",
         "#DDB",

@@ -77,7 +77,9 @@ class Writer(threading.Thread):
             ledger.format_ledger(self._disks, machine.name, area_size=machine.workload["area_size"])
         self.ledger = ledger.LedgerWriter(self._disks)
         lab.acks_path.mkdir(parents=True, exist_ok=True)
-        self._acks = os.open(lab.acks_path / f"{machine.name}.log", os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+        self._acks = os.open(
+            lab.acks_path / f"{machine.name}.log", os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644
+        )
 
     def stop(self, *, final: bool = False) -> None:
         """End the writer; `final` writes the shutdown record first. Returns when it is at rest."""
@@ -151,9 +153,17 @@ class Guests:
         self.gate.set()
 
     def last_number(self, machine: Machine) -> int | None:
-        """Number of the last record written, None without a workload."""
+        """Number of the last record written, None if there never was a workload."""
         writer = self._writers.get(machine.moid)
-        return writer.ledger.last_number if writer else None
+        if writer is not None:
+            return writer.ledger.last_number
+        path = self._lab.acks_path / f"{machine.name}.log"
+        if not path.exists():
+            return None
+        with path.open("rb") as file:
+            file.seek(max(0, path.stat().st_size - 200))
+            lines = file.read().split(b"\n")
+        return int(lines[-2].split()[0]) if len(lines) > 1 else None
 
     def power_on(self, machine: Machine, boot_seconds: float = 0.0, *, booted: bool = True) -> None:
         """The guest boots; its workload starts when it is up."""
@@ -177,7 +187,17 @@ class Guests:
 
     def set_workload(self, machine: Machine, workload: dict[str, Any] | None) -> None:
         """Give, change (live) or take away a workload. Rates change at once; the area's size only before the first start."""
-        machine.workload = check_workload({**(machine.workload or {}), **workload}) if workload is not None else None
+        if workload is not None:
+            wanted = check_workload({**(machine.workload or {}), **workload})
+            end = ledger.DEFAULT_AREA_OFFSET + int(wanted["area_size"])
+            small = [d.label for d in machine.disks.values() if d.capacity < end]
+            if small or not machine.disks:
+                raise ValueError(
+                    f"the ledger needs {end} bytes on each disk: {', '.join(small) or 'no disk'}"
+                )
+            machine.workload = wanted
+        else:
+            machine.workload = None
         machine.save()
         if workload is None:
             self.stop(machine)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import time
 import uuid
 from typing import TYPE_CHECKING, Any
 
 from farshore.lab.vcenter.objects import Entity, Managed, wsdl
-from farshore.lab.vcenter.vim import array, long, make_fault, vim
+from farshore.lab.vcenter.vim import array, long, make_fault, utc, vim
 
 if TYPE_CHECKING:
     from farshore.lab.vcenter.machine import Machine
@@ -39,7 +40,9 @@ class Folder(Entity):
     @wsdl
     def CreateFolder(self, name: str) -> Any:
         if any(e.name == name for e in self.children()):
-            raise make_fault("vim.fault.DuplicateName", f"The name '{name}' already exists.", name=name, object=self.ref)
+            raise make_fault(
+                "vim.fault.DuplicateName", f"The name '{name}' already exists.", name=name, object=self.ref
+            )
         return self.lab.tree.add_folder(self, name).ref
 
     @wsdl
@@ -105,13 +108,14 @@ class Datacenter(Entity):
 class Datastore(Entity):
     vtype = vim.Datastore
 
-    def __init__(
-        self, lab: LabVCenter, moid: str, name: str, datacenter: Datacenter, kind: str, capacity: int
-    ) -> None:
-        super().__init__(lab, moid, name, datacenter.datastore_folder)
+    def __init__(self, lab: LabVCenter, moid: str, datacenter: Datacenter, item: dict[str, Any]) -> None:
+        """`item`: name, kind, capacity_gb."""
+        super().__init__(lab, moid, item["name"], datacenter.datastore_folder)
         self.datacenter = datacenter
-        self.kind = kind
-        self.capacity = capacity
+        self.kind: str = item.get("kind", "vmfs")
+        self.capacity = int(item.get("capacity_gb", 2048)) * GIB
+        if self.kind not in DATASTORE_KINDS:
+            raise ValueError(f"no datastore kind {self.kind!r}")
         self.uuid = str(uuid.uuid5(uuid.NAMESPACE_URL, f"{lab.instance_uuid}/{moid}"))
 
     @property
@@ -285,7 +289,9 @@ class Host(Entity):
     def p_hardware(self) -> Any:
         return vim.host.HardwareInfo(
             systemInfo=vim.host.SystemInfo(vendor="Farshore", model="Laboratory host", uuid=self.uuid),
-            cpuInfo=vim.host.CpuInfo(numCpuPackages=2, numCpuCores=16, numCpuThreads=32, hz=long(2_000_000_000)),
+            cpuInfo=vim.host.CpuInfo(
+                numCpuPackages=2, numCpuCores=16, numCpuThreads=32, hz=long(2_000_000_000)
+            ),
             cpuPkg=[
                 vim.host.CpuPackage(
                     index=i,
@@ -367,7 +373,16 @@ class Tree:
         for moid in sorted(records, key=lambda m: int(m.lstrip("group-vd"))):
             parent = self._lab.find_moid(records[moid]["parent"])
             if isinstance(parent, Folder) and self._lab.find_moid(moid) is None:
-                self._place(Folder(self._lab, moid, records[moid]["name"], parent, parent.child_types), parent)
+                self._place(
+                    Folder(self._lab, moid, records[moid]["name"], parent, parent.child_types), parent
+                )
+
+    def restore_kinds(self) -> None:
+        """Datastore kinds set over the control API in earlier runs."""
+        kinds: dict[str, str] = self._lab.store.get("lab", "datastore_kinds") or {}
+        for datacenter in self.datacenters.values():
+            for store in datacenter.datastores.values():
+                store.kind = kinds.get(store.name, store.kind)
 
     def add_datacenter(self, entry: dict[str, Any]) -> Datacenter:
         lab = self._lab
@@ -378,28 +393,33 @@ class Tree:
         number = lab.next_static
         datacenter = Datacenter(lab, f"datacenter-{number()}", entry["name"], parent)
         self._place(datacenter, parent)
-        datacenter.vm_folder = Folder(lab, f"group-v{number()}", "vm", datacenter, [vim.Folder, vim.VirtualMachine])
-        datacenter.host_folder = Folder(lab, f"group-h{number()}", "host", datacenter, [vim.Folder, vim.ComputeResource])
-        datacenter.datastore_folder = Folder(lab, f"group-s{number()}", "datastore", datacenter, [vim.Folder, vim.Datastore])
-        datacenter.network_folder = Folder(lab, f"group-n{number()}", "network", datacenter, [vim.Folder, vim.Network])
+        datacenter.vm_folder = Folder(
+            lab, f"group-v{number()}", "vm", datacenter, [vim.Folder, vim.VirtualMachine]
+        )
+        datacenter.host_folder = Folder(
+            lab, f"group-h{number()}", "host", datacenter, [vim.Folder, vim.ComputeResource]
+        )
+        datacenter.datastore_folder = Folder(
+            lab, f"group-s{number()}", "datastore", datacenter, [vim.Folder, vim.Datastore]
+        )
+        datacenter.network_folder = Folder(
+            lab, f"group-n{number()}", "network", datacenter, [vim.Folder, vim.Network]
+        )
         for folder in datacenter.children():
             lab.add(folder)
-        for item in entry.get("datastores") or [{"name": "ds1"}]:
-            store = Datastore(
-                lab,
-                f"datastore-{number()}",
-                item["name"],
-                datacenter,
-                item.get("kind", "vmfs"),
-                int(item.get("capacity_gb", 2048)) * GIB,
-            )
+        stores: list[dict[str, Any]] = entry.get("datastores") or [{"name": "ds1"}]
+        clusters: list[dict[str, Any]] = entry.get("clusters") or [
+            {"name": "C0", "hosts": ["esx1.lab.local"]}
+        ]
+        for item in stores:
+            store = Datastore(lab, f"datastore-{number()}", datacenter, item)
             datacenter.datastores[store.name] = store
             self._place(store, datacenter.datastore_folder)
         for name in entry.get("networks") or ["VM Network"]:
             network = Network(lab, f"network-{number()}", name, datacenter)
             datacenter.networks[name] = network
             self._place(network, datacenter.network_folder)
-        for item in entry.get("clusters") or [{"name": "C0", "hosts": ["esx1.lab.local"]}]:
+        for item in clusters:
             cluster = Cluster(lab, f"domain-c{number()}", item["name"], datacenter)
             cluster.pool = ResourcePool(lab, f"resgroup-{number()}", cluster)
             lab.add(cluster.pool)
@@ -487,7 +507,9 @@ class SearchIndex(Managed):
     @wsdl
     def FindChild(self, entity: Any, name: str) -> Any:
         node = self.lab.find(entity)
-        found = next((c for c in node.children() if c.name == name), None) if isinstance(node, Entity) else None
+        found = (
+            next((c for c in node.children() if c.name == name), None) if isinstance(node, Entity) else None
+        )
         return found.ref if found else None
 
 
@@ -506,10 +528,6 @@ class ServiceInstance(Managed):
 
     @wsdl
     def CurrentTime(self) -> Any:
-        import time
-
-        from farshore.lab.vcenter.vim import utc
-
         return utc(time.time())
 
 

@@ -271,7 +271,9 @@ class Machine(Entity):
 
         def add(name: str, kind: str, size: int) -> int:
             key = len(files)
-            files.append(vim.vm.FileLayoutEx.FileInfo(key=key, name=name, type=kind, size=long(size), accessible=True))
+            files.append(
+                vim.vm.FileLayoutEx.FileInfo(key=key, name=name, type=kind, size=long(size), accessible=True)
+            )
             return key
 
         with self.lab.lock:
@@ -286,7 +288,8 @@ class Machine(Entity):
                     chain.append(vim.vm.FileLayoutEx.DiskUnit(fileKey=keys))
                 layouts.append(vim.vm.FileLayoutEx.DiskLayout(key=disk.key, chain=chain))
             snapshots = [
-                vim.vm.FileLayoutEx.SnapshotLayout(key=s.ref, dataKey=-1, memoryKey=-1) for s in self.tree.all()
+                vim.vm.FileLayoutEx.SnapshotLayout(key=s.ref, dataKey=-1, memoryKey=-1)
+                for s in self.tree.all()
             ]
         return vim.vm.FileLayoutEx(file=files, disk=layouts, snapshot=snapshots, timestamp=self.lab.started)
 
@@ -392,9 +395,7 @@ class Machine(Entity):
     def ReconfigVM_Task(self, spec: Any) -> Any:
         from farshore.lab.vcenter import provision
 
-        return self.lab.tasks.start(
-            self, "ReconfigVM_Task", lambda _task: provision.reconfigure(self, spec)
-        )
+        return self.lab.tasks.start(self, "ReconfigVM_Task", lambda _task: provision.reconfigure(self, spec))
 
     def set_change_tracking(self, wanted: bool) -> None:
         """Takes effect at once when powered off, at the next stun otherwise."""
@@ -415,7 +416,9 @@ class Machine(Entity):
     def extend(self, disk: Disk, capacity: int, *, offline: bool = False) -> None:
         """Grow a disk. Refused with snapshots, when shrinking, and (over VirtualDiskManager) while powered on."""
         if offline and self.powered_on:
-            raise make_fault("vim.fault.FileLocked", "Unable to access file since it is locked", file=disk.stem)
+            raise make_fault(
+                "vim.fault.FileLocked", "Unable to access file since it is locked", file=disk.stem
+            )
         if self.tree.all() or len(disk.links) > 1:
             raise make_fault(
                 "vim.fault.InvalidDeviceOperation",

@@ -78,6 +78,12 @@ class Managed:
                 info = None
         if isinstance(value, int) and info is not None and info.type is long:
             return long(value)
+        if isinstance(value, list) and not isinstance(value, Array) and info is not None:
+            typed: Any = (
+                info.type()
+            )  # a list inside a data object may be a plain one, which has no type on the wire
+            typed.extend(value)  # pyright: ignore[reportUnknownArgumentType] values of pyVmomi types
+            return typed
         return value
 
     def value(self, name: str) -> Any:
@@ -139,8 +145,8 @@ class Entity(Managed):
     def path(self) -> str:
         """Inventory path below the root folder."""
         parts: list[str] = []
-        node: Entity | None = self
-        while node is not None and node.parent is not None:
+        node: Entity = self
+        while node.parent is not None:
             parts.append(node.name)
             node = node.parent
         return "/".join(reversed(parts))

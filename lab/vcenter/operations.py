@@ -259,7 +259,9 @@ class Operations:
     def leaks(self) -> dict[str, Any]:
         """What clients left behind: snapshots by machine, open sessions with views, filters or collectors."""
         return {
-            "snapshots": {m.name: [s.name for s in m.tree.all()] for m in self._lab.machines() if m.tree.all()},
+            "snapshots": {
+                m.name: [s.name for s in m.tree.all()] for m in self._lab.machines() if m.tree.all()
+            },
             "consolidation_needed": [m.name for m in self._lab.machines() if m.tree.consolidation_needed],
             "sessions": [s for s in self.sessions() if s["views"] or s["filters"] or s["collectors"]],
             "open_sessions": len(self.sessions()),

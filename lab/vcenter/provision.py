@@ -105,11 +105,15 @@ def register(lab: LabVCenter, folder: Folder, path: str, name: str | None) -> Ma
     machine = next((m for m in lab.withdrawn() if m.vmx == path), None)
     if machine is None:
         if any(m.vmx == path for m in lab.machines()):
-            raise make_fault("vim.fault.AlreadyExists", "The specified key, name, or identifier already exists.", name=path)
+            raise make_fault(
+                "vim.fault.AlreadyExists", "The specified key, name, or identifier already exists.", name=path
+            )
         raise make_fault("vim.fault.NotFound", f"Unable to find {path}.")
     wanted = name or machine.name
     if any(e.name == wanted for e in folder.children()):
-        raise make_fault("vim.fault.DuplicateName", f"The name '{wanted}' already exists.", name=wanted, object=folder.ref)
+        raise make_fault(
+            "vim.fault.DuplicateName", f"The name '{wanted}' already exists.", name=wanted, object=folder.ref
+        )
     machine.name, machine.parent, machine.registered = wanted, folder, True
     lab.enlist(machine)
     machine.save()
@@ -143,7 +147,9 @@ def _change_disk(machine: Machine, change: Any) -> None:
         return
     disk = machine.disks.get(device.key)
     if disk is None:
-        raise make_fault("vim.fault.InvalidDeviceSpec", "Invalid configuration for device '0'.", deviceIndex=0)
+        raise make_fault(
+            "vim.fault.InvalidDeviceSpec", "Invalid configuration for device '0'.", deviceIndex=0
+        )
     if change.operation == "edit":
         if size != disk.capacity:
             machine.extend(disk, size)
@@ -213,7 +219,9 @@ def _nic(datacenter: Datacenter, spec: str | dict[str, Any], index: int, number:
     if network is None:
         raise ValueError(f"no network {item['network']!r} in {datacenter.name}")
     digest = hashlib.sha256(f"{number}/{index}".encode()).digest()
-    mac = item.get("mac") or "00:50:56:" + ":".join(f"{b:02x}" for b in (digest[0] & 0x3F, digest[1], digest[2]))
+    mac = item.get("mac") or "00:50:56:" + ":".join(
+        f"{b:02x}" for b in (digest[0] & 0x3F, digest[1], digest[2])
+    )
     ip = item.get("ip") or f"10.{index}.{number >> 8 & 255}.{number & 255}"
     return {"key": 4000 + index, "network": network.moid, "mac": mac, "ip": ip}
 
@@ -236,7 +244,9 @@ def _datacenter_of(folder: Folder) -> Datacenter:
     while node is not None and not isinstance(node, Datacenter):
         node = node.parent
     if node is None:
-        raise make_fault("vmodl.fault.InvalidArgument", "The folder is in no datacenter.", invalidProperty="folder")
+        raise make_fault(
+            "vmodl.fault.InvalidArgument", "The folder is in no datacenter.", invalidProperty="folder"
+        )
     return node
 
 

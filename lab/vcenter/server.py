@@ -88,6 +88,12 @@ class Handler(BaseHTTPRequestHandler):
     def lab(self) -> LabVCenter:
         return cast(Server, self.server).lab
 
+    def handle_expect_100(self) -> bool:
+        self.send_response_only(100)
+        self.end_headers()
+        self.wfile.flush()  # buffered: without this, client and server wait for each other
+        return True
+
     # ------------------------------------------------------------------ entry points
 
     def do_POST(self) -> None:
@@ -131,7 +137,9 @@ class Handler(BaseHTTPRequestHandler):
             return
         except MethodFault as fault:
             status, data = 500, self._fault(fault, version)
-        except Exception as error:  # a defect of ours must reach the client as a fault, never as a dropped connection
+        except (
+            Exception
+        ) as error:  # a defect of ours must reach the client as a fault, never as a dropped connection
             log.exception("SOAP call failed")
             status, data = 500, self._fault(soap.system_error(f"{type(error).__name__}: {error}"), version)
         finally:
@@ -171,9 +179,11 @@ class Handler(BaseHTTPRequestHandler):
             self.close_connection = self.close_connection or self.command == "PUT"
             self._answer(status, error.text.encode(), {"Content-Type": "text/plain", **error.headers})
         finally:
-            lab.record(self.command, path, target, session, str(status), time.monotonic() - begin)
+            lab.record(self.command, path, target=target, session=session, outcome=str(status), begin=begin)
 
-    def _folder_transfer(self, path: str, query: str, target: str | None, moid: str | None, session: Session) -> int:
+    def _folder_transfer(
+        self, path: str, query: str, target: str | None, moid: str | None, session: Session
+    ) -> int:
         lab = self.lab
         rule = lab.faults.match("folder", self.command, target, moid)
         if rule is not None:

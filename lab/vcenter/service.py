@@ -112,7 +112,9 @@ class LabVCenter:
         self.store = Store(self.root / "lab.sqlite")
         self.faults = Faults()
         self._wanted_ports = (port, control_port)
-        self._load(configuration.load(config) if self.store.get("lab", "config") is None else None, user, password)
+        self._load(
+            configuration.load(config) if self.store.get("lab", "config") is None else None, user, password
+        )
         self.sessions = Sessions(self)
         self.tasks = Tasks(self)
         self.guests = Guests(self)
@@ -121,6 +123,7 @@ class LabVCenter:
         self.tree = Tree(self)
         self.tree.build(self._config)
         self.tree.restore_folders()
+        self.tree.restore_kinds()
         self._restore_machines()
         self._server: Server | None = None
         self._control: ControlServer | None = None
@@ -348,7 +351,7 @@ class LabVCenter:
         """Machine and disk of `[ds] dir/x.vmdk`."""
         for machine in self.machines():
             for disk in machine.disks.values():
-                if file_name in (machine.file_name(disk, n) for n in disk.links):
+                if file_name in (machine.file_name(disk, n) for n in list(disk.links)):
                     return machine, disk
         return None, None
 
@@ -422,7 +425,11 @@ class LabVCenter:
         with self.lock:
             busy = getattr(entity, "busy", None)
             if busy is not None:
-                raise make_fault("vim.fault.TaskInProgress", "The operation is not allowed in the current state: another task is already in progress.", task=busy.ref)
+                raise make_fault(
+                    "vim.fault.TaskInProgress",
+                    "The operation is not allowed in the current state: another task is already in progress.",
+                    task=busy.ref,
+                )
             if isinstance(entity, Machine):
                 entity.busy = task
         return entity
@@ -444,7 +451,9 @@ class LabVCenter:
         if session is not None:
             session.calls += 1
             session.waiting += 1
-            session.objects.setdefault("propertyCollector", PropertyCollector(self, "propertyCollector", session))
+            session.objects.setdefault(
+                "propertyCollector", PropertyCollector(self, "propertyCollector", session)
+            )
         try:
             item = self.find(call.this)
             target = self._label(item)
@@ -459,7 +468,9 @@ class LabVCenter:
             if session is not None:
                 session.waiting -= 1
                 session.last_used = self.sessions.now()
-            self.record(call.name, str(call.this._moId), target, session, outcome, time.monotonic() - begin)
+            self.record(
+                call.name, str(call.this._moId), target=target, session=session, outcome=outcome, begin=begin
+            )
         return call, kind, value
 
     def _invoke(self, call: soap.Call, item: Managed | None, session: Session | None) -> tuple[Any, Any]:
@@ -481,7 +492,9 @@ class LabVCenter:
             return self._fetch(item, call.arguments.get("prop", ""))
         function = item.method(call.name)
         if function is None:
-            raise make_fault("vmodl.fault.NotSupported", f"The operation {call.name} is not supported on the object.")
+            raise make_fault(
+                "vmodl.fault.NotSupported", f"The operation {call.name} is not supported on the object."
+            )
         denied = self.denied(call.name, item, None)
         if denied is not None:
             raise denied
@@ -530,7 +543,14 @@ class LabVCenter:
         self.store.put("lab", "denials", denials)
 
     def record(
-        self, method: str, moid: str, target: str | None, session: Session | None, outcome: str, seconds: float
+        self,
+        method: str,
+        moid: str,
+        *,
+        target: str | None,
+        session: Session | None,
+        outcome: str,
+        begin: float,
     ) -> None:
         self._requests.append(
             {
@@ -540,7 +560,7 @@ class LabVCenter:
                 "target": target,
                 "session": session.key if session else None,
                 "outcome": outcome,
-                "ms": round(seconds * 1000, 2),
+                "ms": round((time.monotonic() - begin) * 1000, 2),
             }
         )
 

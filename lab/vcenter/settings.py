@@ -61,7 +61,8 @@ class Settings:
                 raise ValueError(f"no setting {name!r}; there are: {', '.join(sorted(known))}")
             present = getattr(self, name)
             if isinstance(present, bool) != isinstance(value, bool) or (
-                not isinstance(value, type(present)) and not (isinstance(present, (int, float)) and isinstance(value, (int, float)))
+                not isinstance(value, type(present))
+                and not (isinstance(present, (int, float)) and isinstance(value, (int, float)))
             ):
                 raise ValueError(f"setting {name!r} takes {type(present).__name__}")
             setattr(self, name, value)

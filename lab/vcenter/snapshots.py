@@ -62,7 +62,7 @@ class Snapshot(Managed):
         machine = self.machine
 
         def work(task: Task) -> None:
-            doomed = machine.tree.subtree(self) if removeChildren else [self]
+            doomed: list[Snapshot] = machine.tree.subtree(self) if removeChildren else [self]
             machine.tree.remove(
                 doomed,
                 consolidate is not False,
@@ -161,7 +161,11 @@ class SnapshotTree:
                 if disk.mode.startswith("independent"):
                     continue
                 change_id = disk.cbt.seal() if disk.cbt else None
-                view[str(disk.key)] = {"link": disk.freeze(), "change_id": change_id, "capacity": disk.capacity}
+                view[str(disk.key)] = {
+                    "link": disk.freeze(),
+                    "change_id": change_id,
+                    "capacity": disk.capacity,
+                }
             ledger_last = lab.guests.last_number(machine)
             number = lab.next_number()
             with lab.lock:
@@ -256,7 +260,9 @@ class SnapshotTree:
         self._blind(settings.defect_under_report)
         try:
             if settings.consolidate_mib_per_s > 0:
-                spend(self._loose_bytes() / (settings.consolidate_mib_per_s * (1 << 20)) * settings.time_scale)
+                spend(
+                    self._loose_bytes() / (settings.consolidate_mib_per_s * (1 << 20)) * settings.time_scale
+                )
             for disk in machine.disks.values():
                 while self._fold_one(disk.key):
                     pass
@@ -306,7 +312,9 @@ class SnapshotTree:
                 machine.save()
             for key in snapshot.view:
                 disk = machine.disks[int(key)]
-                for number in [n for n in disk.loose(self._owned(disk.key)) if n and not disk.has_children(n)]:
+                for number in [
+                    n for n in disk.loose(self._owned(disk.key)) if n and not disk.has_children(n)
+                ]:
                     _, dead = disk.adopt(number)
                     machine.save()
                     dead.remove()

@@ -116,7 +116,7 @@ class _Reader:
         # A list parameter arrives as repeated siblings. Given the list's type, the deserializer would swallow the
         # element that follows: so it gets the item's type, once for each.
         self.deserializer.result = None
-        item = kind.Item if issubclass(kind, list) else kind
+        item: Any = getattr(kind, "Item", kind) if issubclass(kind, list) else kind
         self.deserializer.Deserialize(self.parser, item, False, self.prefixes)
         self.deserializer.StartElementHandler(tag, attributes)
 
@@ -168,7 +168,9 @@ def encode(call_name: str, kind: Any, value: Any, version: Any) -> bytes:
             value = typed
         info = support.Object(name="returnval", type=kind, version=_BASE, flags=support.F_OPTIONAL)
         inner = serialize(value, info, version)
-    return _ENVELOPE.format(f'<{call_name}Response xmlns="{NAMESPACE}">{inner}</{call_name}Response>').encode()
+    return _ENVELOPE.format(
+        f'<{call_name}Response xmlns="{NAMESPACE}">{inner}</{call_name}Response>'
+    ).encode()
 
 
 def serialize(value: Any, info: Any, version: Any) -> str:

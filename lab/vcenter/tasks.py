@@ -167,7 +167,9 @@ class Tasks:
             task.info_value.cancelled = True
         except MethodFault as raised:
             fault = raised
-        except Exception as error:  # every defect has to reach the client as a fault, not as a task that never ends
+        except (
+            Exception
+        ) as error:  # every defect has to reach the client as a fault, not as a task that never ends
             log.exception("task %s failed", method)
             fault = system_error(f"{type(error).__name__}: {error}")
         finally:

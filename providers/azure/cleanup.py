@@ -14,6 +14,7 @@ from typing import Any
 
 from azure.core.exceptions import AzureError
 from azure.core.polling import AsyncLROPoller
+
 from farshore.domain.errors import Code, FarshoreError
 from farshore.providers.azure import names
 from farshore.providers.azure.client import AzureClients

@@ -1,22 +1,31 @@
-"""The SDK's asynchronous clients, made when first needed and closed together.
+"""The SDK's asynchronous clients, made when first needed and closed together, on one pool of connections.
 
 SDK-level retries are off (`retry_total=0`): Temporal owns them, and the SDK would repeat even POSTs that answered
 with Retry-After. A token is renewed by the SDK before it ends; one that Azure refuses early is dropped by `renew`.
+
+The pool is ours because the SDK's own transport builds a TLS context for every request when it is given a CA file, and so
+never uses a connection twice. Below it aiohttp may send a GET, PUT or DELETE once more when a kept connection turns out to
+be closed: every PUT here bears that.
 """
 
 from __future__ import annotations
 
+import ssl
 from typing import Any
 
+import aiohttp
 from azure.core.credentials import AzureNamedKeyCredential
+from azure.core.pipeline.transport import AioHttpTransport
 from azure.identity.aio import ClientSecretCredential
 from azure.mgmt.compute.aio import ComputeManagementClient
 from azure.mgmt.network.aio import NetworkManagementClient
 from azure.storage.blob.aio import ContainerClient
+
 from farshore.providers.azure.settings import AzureSettings
 
 CONNECT_SECONDS = 10.0
 READ_SECONDS = 60.0
+CONNECTIONS = 64
 
 
 class AzureClients:
@@ -29,6 +38,7 @@ class AzureClients:
         self._network: NetworkManagementClient | None = None
         self._container: ContainerClient | None = None
         self._retired: list[Any] = []
+        self._session: aiohttp.ClientSession | None = None
 
     @property
     def compute(self) -> ComputeManagementClient:
@@ -70,6 +80,9 @@ class AzureClients:
         for client in clients:
             if client is not None:
                 await client.close()
+        session, self._session = self._session, None
+        if session is not None:
+            await session.close()
 
     def _identity(self) -> ClientSecretCredential:
         if self._credential is None:
@@ -91,11 +104,20 @@ class AzureClients:
         }
 
     def _transport(self) -> dict[str, Any]:
-        options: dict[str, Any] = {
-            "retry_total": 0,
-            "connection_timeout": CONNECT_SECONDS,
-            "read_timeout": READ_SECONDS,
-        }
-        if self.settings.ca_file is not None:
-            options["connection_verify"] = self.settings.ca_file
-        return options
+        """Needs a running event loop, like everything that calls it."""
+        if self._session is None:
+            context = ssl.create_default_context(cafile=self.settings.ca_file)
+            # As the SDK's own session would be: proxies from the environment, no cookies, bodies left as they come.
+            self._session = aiohttp.ClientSession(
+                connector=aiohttp.TCPConnector(ssl=context, limit=CONNECTIONS),
+                trust_env=True,
+                cookie_jar=aiohttp.DummyCookieJar(),
+                auto_decompress=False,
+            )
+        transport = AioHttpTransport(
+            session=self._session,
+            session_owner=False,
+            connection_timeout=CONNECT_SECONDS,
+            read_timeout=READ_SECONDS,
+        )
+        return {"retry_total": 0, "transport": transport}

@@ -7,6 +7,7 @@ from typing import Any
 
 from azure.core.polling import AsyncLROPoller
 from azure.mgmt.compute import models as cm
+
 from farshore.providers.azure import names
 from farshore.providers.azure.client import AzureClients
 from farshore.providers.azure.ensure import Ensurer, Wanted, tags_of

@@ -17,6 +17,7 @@ from typing import Any, Generic, TypeVar
 
 from azure.core.exceptions import AzureError
 from azure.core.polling import AsyncLROPoller
+
 from farshore.domain.errors import Code, FarshoreError
 from farshore.providers.azure import names
 from farshore.providers.azure.errors import classify, is_exists, is_in_use, is_missing

@@ -22,6 +22,7 @@ from azure.core.exceptions import (
     ServiceRequestError,
     ServiceResponseError,
 )
+
 from farshore.domain.errors import Code, FarshoreError
 
 _MAX_TEXT = 1500
@@ -42,6 +43,7 @@ def _table() -> dict[str, Code]:
         "ResourceCountExceedsLimitDueToTemplate MaxStorageAccountsCountPerSubscriptionExceeded",
         Code.ADDRESS_IN_USE: "PrivateIPAddressInUse PrivateIPAddressIsAllocated IPAddressInUse SubnetIsFull "
         "PrivateIPAddressIsBeingUsed PublicIPAddressInUse",
+        Code.REPLICA_DAMAGED: "InvalidVhd InvalidVhdFooter",
         Code.NETWORK_NOT_FOUND: "SubnetNotFound VirtualNetworkNotFound NetworkSecurityGroupNotFound",
         Code.ACCESS_DENIED: "AuthorizationFailed LinkedAuthorizationFailed LinkedAccessCheckFailed "
         "InvalidAuthenticationToken InvalidAuthenticationTokenTenant AuthenticationFailed "

@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 from azure.core.exceptions import AzureError, HttpResponseError
 from azure.core.polling import AsyncLROPoller
 from azure.core.polling.base_polling import OperationFailed
+
 from farshore.domain.errors import Code, FarshoreError
 from farshore.providers.azure.errors import classify, said
 from farshore.providers.ports import Checkpoint

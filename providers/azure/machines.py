@@ -10,6 +10,7 @@ from azure.core import MatchConditions
 from azure.core.exceptions import AzureError
 from azure.core.polling import AsyncLROPoller
 from azure.mgmt.compute import models as cm
+
 from farshore.domain.errors import Code, FarshoreError
 from farshore.providers.azure import names, scripts
 from farshore.providers.azure.client import AzureClients

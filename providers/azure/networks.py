@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from azure.core.exceptions import AzureError
 from azure.core.polling import AsyncLROPoller
 from azure.mgmt.network import models as nm
+
 from farshore.domain.errors import Code, FarshoreError
 from farshore.providers.azure import names
 from farshore.providers.azure.client import AzureClients

@@ -11,6 +11,7 @@ from typing import TypeVar
 from azure.core.exceptions import AzureError
 from azure.mgmt.compute import models as cm
 from azure.mgmt.network import models as nm
+
 from farshore.domain.errors import CATALOGUE, Code, FarshoreError
 from farshore.providers.azure import names
 from farshore.providers.azure.client import AzureClients

@@ -15,6 +15,7 @@ from azure.core import MatchConditions
 from azure.core.exceptions import AzureError
 from azure.storage.blob import BlobProperties
 from azure.storage.blob.aio import BlobClient
+
 from farshore.domain.errors import Code, FarshoreError
 from farshore.providers.azure import names
 from farshore.providers.azure.client import AzureClients

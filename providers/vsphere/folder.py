@@ -210,8 +210,14 @@ class Folder:
         if answer.length is not None and answer.length <= _DRAIN:
             answer.read()  # the connection can be kept
         match status:
-            case 401 | 403:
+            case 401:
                 raise _Unauthenticated
+            case 403:
+                raise FarshoreError(
+                    Code.ACCESS_DENIED,
+                    f"{self._settings.user} may not read files of the datastore (403).",
+                    causes=("The role lacks Datastore.Browse or Datastore.FileManagement.",),
+                )
             case 404:
                 raise _Refused("there is no such file (404)", final=True)
             case 416:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Callable, Mapping, Sequence
+from datetime import datetime
 from typing import Any
 
 from farshore.domain.errors import Code, FarshoreError
@@ -16,7 +17,7 @@ from farshore.providers.vsphere import machine as machines
 from farshore.providers.vsphere.client import Client, Tick, no_tick
 from farshore.providers.vsphere.errors import NETWORK_ERRORS, classify, vim, vmodl
 from farshore.providers.vsphere.inventory import Entry
-from farshore.providers.vsphere.machine import PREFIX, SnapshotEntry
+from farshore.providers.vsphere.machine import PREFIX, SnapshotEntry, utc
 
 CREATE = "createsnapshot"  # part of Task.info.descriptionId, lower case
 DISK_TASKS = ("snapshot", "consolidate")  # parts of descriptionIds of tasks that change the chain of links
@@ -150,6 +151,26 @@ class Snapshots:
     def _exists(self, snapshot: Any) -> bool:
         return any(s.reference._GetMoId() == snapshot._GetMoId() for s in self.tree())
 
+    def history(self, begin: datetime) -> list[tuple[datetime, str]]:
+        """(time, descriptionId) of tasks of the machine since `begin` by the server's clock, as far as it remembers."""
+        doing = "reading the machine's history"
+        found: list[tuple[datetime, str]] = []
+        for info in self._recent(("info.descriptionId", "info.queueTime"), doing).values():
+            if "info.queueTime" in info and utc(info["info.queueTime"]) >= begin:
+                found.append((utc(info["info.queueTime"]), str(info.get("info.descriptionId", ""))))
+        manager = self._client.content.eventManager
+        if manager is None:
+            return found
+        spec = vim.event.EventFilterSpec
+        wanted = spec(
+            entity=spec.ByEntity(entity=self._machine, recursion="self"), time=spec.ByTime(beginTime=begin)
+        )
+        events = self._client.call(doing, lambda: manager.QueryEvents(wanted), subject=self._entry.name)
+        for event in events or ():
+            info = getattr(event, "info", None)  # of a TaskEvent
+            found.append((utc(event.createdTime), str(getattr(info, "descriptionId", "") or type(event).__name__)))
+        return found
+
     def consolidate(self) -> None:
         """Fold links that a removal left behind. A failure is logged: the next cycle begins with it again."""
         doing = "consolidating disks"
@@ -208,17 +229,19 @@ class Snapshots:
 
     def _running(self, parts: Sequence[str]) -> list[Any]:
         """Running tasks of the machine whose descriptionId holds one of `parts` (lower case)."""
-        doing = "looking for running tasks"
+        infos = self._recent(("info.state", "info.descriptionId"), "looking for running tasks")
+        return [vim.Task(moid) for moid, info in infos.items() if _runs(info, parts)]
+
+    def _recent(self, paths: Sequence[str], doing: str) -> dict[str, dict[str, Any]]:
+        """Properties of the machine's recent tasks, by moid."""
         values = self._client.read(self._machine, ("recentTask",), doing=doing, subject=self._entry.name)
         tasks = list(values.get("recentTask") or ())
-        paths = ("info.state", "info.descriptionId")
         try:
-            infos = self._client.read_many(tasks, paths, doing=doing)
+            return self._client.read_many(tasks, paths, doing=doing)
         except FarshoreError as exc:
             if exc.code is not Code.SOURCE_MACHINE_NOT_FOUND:
                 raise
-            infos = self._one_by_one(tasks, paths, doing)  # one of them ended long ago and is gone
-        return [task for task in tasks if _runs(infos.get(task._GetMoId(), {}), parts)]
+            return self._one_by_one(tasks, paths, doing)  # one of them ended long ago and is gone
 
     def _one_by_one(self, tasks: list[Any], paths: Sequence[str], doing: str) -> dict[str, dict[str, Any]]:
         found: dict[str, dict[str, Any]] = {}

@@ -184,24 +184,15 @@ class VSphereSource:
     def _reverted(self, node: SnapshotEntry, since: DiskState) -> str:
         """When and that the machine was reverted after the cut of `since`; "" when it was not.
 
-        What a revert does to change ids is not documented, so it means a full comparison. Asked of the event log,
-        since the cut of `since`, or for the last days where this process did not make that cut.
+        What a revert does to change ids is not documented, so it means a full comparison. The machine's recent tasks
+        (about ten minutes) and the event log are asked, since the cut of `since`, or for the last days where this
+        process did not make that cut.
         """
         entry = self._inventory.find(self._source)
         begin = self._created.get((since.key, str(since.tracker)), node.created - REVERT_MEMORY)
-        wanted = vim.event.EventFilterSpec(
-            entity=vim.event.EventFilterSpec.ByEntity(entity=entry.reference, recursion="self"),
-            time=vim.event.EventFilterSpec.ByTime(beginTime=begin),
-        )
-        events = self._client.call(
-            "asking for reverts",
-            lambda: self._client.content.eventManager.QueryEvents(wanted),
-            subject=entry.name,
-        )
-        for event in events or ():
-            info = getattr(event, "info", None)  # of a TaskEvent
-            if "revert" in str(getattr(info, "descriptionId", "") or "").lower():
-                return f"the machine was reverted to a snapshot at {machines.utc(event.createdTime):%Y-%m-%d %H:%M:%SZ}"
+        for moment, kind in Snapshots(self._client, entry).history(begin):
+            if "revert" in kind.lower():
+                return f"the machine was reverted to a snapshot at {moment:%Y-%m-%d %H:%M:%S} UTC"
         return ""
 
     @staticmethod

@@ -6,6 +6,7 @@ import itertools
 from dataclasses import replace
 
 import pytest
+
 from farshore.domain import capabilities as caps
 from farshore.domain.capabilities import Capabilities, Direction, Location, Row
 from farshore.domain.errors import Code, FarshoreError

@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
 from farshore.domain import capabilities as caps
 from farshore.domain import machine as m
 from farshore.domain.capabilities import Capabilities, Row
 from farshore.domain.errors import Code, FarshoreError
 from farshore.domain.machine import MachineState, MainState, Operation, ResyncState, TestState
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 EVERYTHING = Row(
     test=True,

@@ -172,7 +172,15 @@ def _azurite_script() -> Path:
         fcntl.flock(lock, fcntl.LOCK_EX)
         manifest = package / "package.json"
         if not manifest.exists() or json.loads(manifest.read_text())["version"] != AZURITE_VERSION:
-            command = ["npm", "install", "--prefix", str(folder), "--no-audit", "--no-fund", f"azurite@{AZURITE_VERSION}"]
+            command = [
+                "npm",
+                "install",
+                "--prefix",
+                str(folder),
+                "--no-audit",
+                "--no-fund",
+                f"azurite@{AZURITE_VERSION}",
+            ]
             try:
                 subprocess.run(command, check=True, capture_output=True, timeout=180)
             except (subprocess.CalledProcessError, subprocess.TimeoutExpired) as e:
@@ -187,7 +195,16 @@ def azurite(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Endpoint]:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
     where = tmp_path_factory.mktemp("azurite")
-    command = ["node", str(script), "--blobHost", "127.0.0.1", "--blobPort", str(port), "--location", str(where)]
+    command = [
+        "node",
+        str(script),
+        "--blobHost",
+        "127.0.0.1",
+        "--blobPort",
+        str(port),
+        "--location",
+        str(where),
+    ]
     command += ["--silent", "--disableTelemetry", "--skipApiVersionCheck"]
     log = (where / "log.txt").open("wb")
     process = subprocess.Popen(

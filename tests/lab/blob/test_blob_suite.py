@@ -116,7 +116,9 @@ def test_put_page_takes_at_most_four_mib(container, endpoint, words):
 
 def test_a_write_past_the_end_is_refused(container, endpoint, words):
     blob = disk(container, size=4096)
-    with words.refused(416, RANGE_CODE_OF_AZURITE if endpoint.differs("page-range-code") else "InvalidPageRange"):
+    with words.refused(
+        416, RANGE_CODE_OF_AZURITE if endpoint.differs("page-range-code") else "InvalidPageRange"
+    ):
         write(blob, 4096, words.noise(512))
 
 
@@ -260,7 +262,9 @@ def test_a_blob_with_snapshots_is_deleted_only_with_them(container, words):
 def test_a_missing_snapshot_is_not_found(container, words):
     blob = disk(container)
     with pytest.raises(ResourceNotFoundError):
-        container.get_blob_client(blob.blob_name, snapshot="2020-01-01T00:00:00.0000000Z").get_blob_properties()
+        container.get_blob_client(
+            blob.blob_name, snapshot="2020-01-01T00:00:00.0000000Z"
+        ).get_blob_properties()
 
 
 # --- copies -----------------------------------------------------------------------------------------------------
@@ -392,7 +396,9 @@ def test_creating_where_a_blob_is_fails_when_asked_to(container, words):
 
 def test_a_block_blob_with_content_settings_and_ranges(container, words):
     data = words.noise(100_001)
-    settings = ContentSettings(content_type="application/json", content_encoding="identity", cache_control="no-store")
+    settings = ContentSettings(
+        content_type="application/json", content_encoding="identity", cache_control="no-store"
+    )
     blob = container.upload_blob("point.json", data, content_settings=settings, metadata={"digest": "abc"})
     properties = blob.get_blob_properties()
     assert properties.content_settings.content_type == "application/json"
@@ -502,7 +508,10 @@ def test_metadata_and_headers_of_a_blob_change(container):
     blob.set_blob_metadata({"b": "2"})
     blob.set_http_headers(ContentSettings(content_type="application/x-vhd"))
     properties = blob.get_blob_properties()
-    assert (properties.metadata, properties.content_settings.content_type) == ({"b": "2"}, "application/x-vhd")
+    assert (properties.metadata, properties.content_settings.content_type) == (
+        {"b": "2"},
+        "application/x-vhd",
+    )
     assert properties.size == MIB
 
 
@@ -540,7 +549,10 @@ def test_a_sas_allows_what_it_says_and_no_more(container, endpoint, words):
     write(writer, 512, words.noise(512))
     with words.refused(403, "AuthorizationPermissionMismatch"):
         writer.download_blob()
-    past, future = dt.datetime.now(dt.UTC) - dt.timedelta(minutes=1), dt.datetime.now(dt.UTC) + dt.timedelta(minutes=30)
+    past, future = (
+        dt.datetime.now(dt.UTC) - dt.timedelta(minutes=1),
+        dt.datetime.now(dt.UTC) + dt.timedelta(minutes=30),
+    )
     for bad in (
         sas_url(endpoint, blob, "r", expiry=past),
         sas_url(endpoint, blob, "r", start=future),
@@ -587,26 +599,32 @@ def test_container_and_account_sas(container, endpoint, words):
         expiry=soon(),
     )
     friend = BlobServiceClient(endpoint.account_url, credential=token, **endpoint.options())
-    assert [b.name for b in friend.get_container_client(container.container_name).list_blobs()] == ["disk.vhd"]
+    assert [b.name for b in friend.get_container_client(container.container_name).list_blobs()] == [
+        "disk.vhd"
+    ]
     write(friend.get_blob_client(container.container_name, blob.blob_name), 0, words.noise(512))
     with words.refused(403, "AuthorizationResourceTypeMismatch"):
         list(friend.list_containers())
 
 
 async def test_the_async_sdk_works_too(container, endpoint, words):
-    async with AsyncBlobServiceClient(endpoint.account_url, credential=endpoint.key, **endpoint.options()) as service:
+    async with AsyncBlobServiceClient(
+        endpoint.account_url, credential=endpoint.key, **endpoint.options()
+    ) as service:
         blob = service.get_blob_client(container.container_name, "dir/async disk")
         await blob.create_page_blob(8 * MIB)
         data = words.noise(4 * MIB)
         await blob.upload_page(data, 0, len(data), validate_content=True)
         snapshot = (await blob.create_snapshot())["snapshot"]
         await blob.clear_page(0, 512)
-        async with service.get_blob_client(container.container_name, "dir/async disk", snapshot=snapshot) as old:
+        async with service.get_blob_client(
+            container.container_name, "dir/async disk", snapshot=snapshot
+        ) as old:
             stream = await old.download_blob()
             assert await stream.readall() == data + bytes(4 * MIB)
-        assert [b.name async for b in service.get_container_client(container.container_name).list_blobs()] == [
-            "dir/async disk"
-        ]
+        assert [
+            b.name async for b in service.get_container_client(container.container_name).list_blobs()
+        ] == ["dir/async disk"]
 
 
 def test_every_listed_difference_is_expected_somewhere(known_differences):

@@ -13,7 +13,14 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule, run_state_machine_as_test
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    precondition,
+    rule,
+    run_state_machine_as_test,
+)
 
 from farshore.lab.blob import pages
 from farshore.lab.blob.errors import StorageError
@@ -116,22 +123,26 @@ class PageBlobs(RuleBasedStateMachine):
     @rule()
     def snapshot(self) -> None:
         taken = self.store.snapshot(C, NAME).snapshot
-        self.snaps.append(Snap(taken, self.base.copy(), self.life, {k: set(v) for k, v in self.touched.items()}))
+        self.snaps.append(
+            Snap(taken, self.base.copy(), self.life, {k: set(v) for k, v in self.touched.items()})
+        )
         self.touched[taken] = set()
 
+    @precondition(lambda self: self.count > 2)
     @rule(pages=st.integers(0, MAX_PAGES))
     def resize(self, pages: int) -> None:
         self.store.set_properties(C, NAME, props=None, size=pages * PAGE)
         self.base.pages = pages
         self.base.data = {p: d for p, d in self.base.data.items() if p < pages}
 
-    @precondition(lambda self: self.snaps)
+    @precondition(lambda self: len(self.snaps) > 1)
     @rule(data=st.data())
     def delete_snapshot(self, data) -> None:
         snap = self.snaps.pop(data.draw(st.integers(0, len(self.snaps) - 1)))
         self.store.delete(C, NAME, snap.id)
         self.touched.pop(snap.id, None)
 
+    @precondition(lambda self: self.count > 4 * (self.life + 1))  # seldom: it ends all differences
     @rule(pages=st.integers(0, MAX_PAGES))
     def overwrite(self, pages: int) -> None:
         self.store.put_page_blob(C, NAME, pages * PAGE)
@@ -213,6 +224,7 @@ ManyPageBlobs.TestCase.settings = settings(
 TestManyPageBlobs = pytest.mark.slow(ManyPageBlobs.TestCase)
 
 
+@pytest.mark.slow  # 10 to 30 s: each break must be met by chance
 @pytest.mark.parametrize(
     ("method", "sound", "broken"),
     [

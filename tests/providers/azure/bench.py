@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import struct
 import uuid
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from azure.storage.blob import ContainerClient
+
 from farshore.domain.errors import FarshoreError
 from farshore.lab.azure.control import AzureControl
 from farshore.lab.azure.knobs import Knobs
@@ -89,6 +91,10 @@ class Azure:
 
     def copy_starts(self) -> int:
         return self.lab.blob_server.faults.counts["CopyBlob"]
+
+    def copies_of(self, text: str) -> list[Any]:
+        """Copy Blob requests whose destination has `text` in its name; status 0: done, answer lost."""
+        return [s for s in list(self.lab.blob_server.faults.log) if s.op == "CopyBlob" and text in s.path]
 
     def staged(self, text: str = "") -> list[str]:
         return [
@@ -180,8 +186,6 @@ def sha256_of(content: bytes, size: int) -> str:
 
 async def settled(call: Callable[[], Any], *, tries: int = 60) -> Any:
     """Call until it doesn't raise a retryable error: what an activity's retry policy does, without waiting long."""
-    import asyncio
-
     for _ in range(tries - 1):
         try:
             return await call()
@@ -194,3 +198,10 @@ async def settled(call: Callable[[], Any], *, tries: int = 60) -> Any:
 
 def lab_file(cloud: Azure, disk: Resource) -> Path:
     return cloud.control.disk_path(disk.id)
+
+
+async def until(holds: Callable[[], bool], *, seconds: float = 10.0) -> None:
+    """Wait for a condition of the laboratory."""
+    async with asyncio.timeout(seconds):
+        while not holds():  # noqa: ASYNC110  there is no event to wait for: the laboratory is another process to us
+            await asyncio.sleep(0.01)

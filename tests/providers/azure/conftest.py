@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator, Iterator
 import pytest
 from azure.core.credentials import AzureNamedKeyCredential
 from azure.storage.blob import BlobServiceClient
+
 from farshore.lab.azure.control import AzureControl
 from farshore.lab.azure.lab import LabAzureThread
 from farshore.lab.azure.whole import LabAzureWhole

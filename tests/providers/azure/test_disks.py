@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import base64
+import itertools
 from dataclasses import replace
 
 import pytest
+
 from farshore.domain.errors import Code, FarshoreError
 from farshore.providers.azure import names
 from farshore.providers.azure.adapter import AzureSite
@@ -187,20 +190,23 @@ async def test_a_lost_answer_to_the_copy_starts_no_second_copy(
     site: AzureSite, cloud: Azure, world: World
 ) -> None:
     cloud.blob_rule("reset-after", op="CopyBlob", blob=f"*{world.tag}*", count=1)
-    handle, before = world.replica(), cloud.copy_starts()
+    handle = world.replica()
     made = await settled(
         lambda: site.create_disk(
             world.owner(), world.spec(), world.request(handle), resume={}, checkpoint=Notes()
         )
     )
     assert cloud.control.disk_sha256(made.id) == sha256_of(b"boot" * 1024, 2 * MIB)
-    assert cloud.copy_starts() == before + 1
+    # The HTTP library repeats a PUT on a connection that broke: the repeat is refused, being create-only.
+    assert len([s for s in cloud.copies_of(world.tag) if s.status < 400]) == 1
 
 
 async def test_a_lost_answer_to_the_put_makes_no_second_disk(
     site: AzureSite, cloud: Azure, world: World
 ) -> None:
-    cloud.control.fault("drop_after", operation="compute.Disks.create_or_update", path=f"*{world.tag}*")
+    cloud.control.fault(
+        "drop_after", operation="compute.Disks.create_or_update", path=f"*{world.tag}*", count=2
+    )
     handle = world.replica()
     with pytest.raises(FarshoreError) as caught:
         await site.create_disk(
@@ -276,7 +282,7 @@ async def test_retry_after_of_an_operation_is_honoured(site: AzureSite, cloud: A
     await world.disk(site)
     polls = [r for r in cloud.control.requests(mark) if r.operation == "lro.status"]
     assert 1 <= len(polls) <= 2
-    assert all(b.at - a.at >= 0.9 for a, b in zip(polls, polls[1:], strict=False))
+    assert all(b.at - a.at >= 0.9 for a, b in itertools.pairwise(polls))
 
 
 async def test_a_long_import_is_told_about_with_its_token(
@@ -295,8 +301,6 @@ async def test_notes_hold_no_secret(site: AzureSite, cloud: Azure, world: World)
     await site.create_disk(
         world.owner(), world.spec(), world.request(world.replica()), resume={}, checkpoint=notes
     )
-    import base64
-
     text = str(notes.seen)
     for note in notes.with_token():
         text += base64.b64decode(str(note["token"]) + "==").decode(errors="replace")
@@ -387,5 +391,6 @@ async def test_a_bad_vhd_is_refused_late_with_azures_words(
             resume={},
             checkpoint=Notes(),
         )
-    assert caught.value.info.details["azure_code"] == "InvalidParameter"
+    assert caught.value.info.details["azure_code"] == "InvalidVhd"
+    assert caught.value.code is Code.REPLICA_DAMAGED
     assert not caught.value.retryable

@@ -5,10 +5,11 @@ from __future__ import annotations
 from itertools import pairwise
 
 import pytest
-from farshore.providers.vsphere.areas import NotCovered, Window, collect, epoch, merge
-from farshore.replication.ports import Extent
 from hypothesis import given
 from hypothesis import strategies as st
+
+from farshore.providers.vsphere.areas import NotCovered, Window, collect, epoch, merge
+from farshore.replication.ports import Extent
 
 BLOCK = 65536
 

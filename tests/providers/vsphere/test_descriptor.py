@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import pytest
-from farshore.providers.vsphere.descriptor import FlatExtent, UnreadableDisk, parse, pieces
 from hypothesis import given
 from hypothesis import strategies as st
+
+from farshore.providers.vsphere.descriptor import FlatExtent, UnreadableDisk, parse, pieces
 
 
 def text(*extents: str, kind: str = "vmfs", parent: str = "ffffffff") -> str:

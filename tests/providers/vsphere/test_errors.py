@@ -6,9 +6,10 @@ import ssl
 from http.client import RemoteDisconnected
 
 import pytest
+from pyVmomi import vim, vmodl
+
 from farshore.domain.errors import Code, FarshoreError
 from farshore.providers.vsphere.errors import classify, reported
-from pyVmomi import vim, vmodl
 
 FAULTS = [
     (vim.fault.InvalidLogin(), Code.ACCESS_DENIED, False),

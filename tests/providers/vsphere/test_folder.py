@@ -10,6 +10,7 @@ import time
 from contextlib import closing, suppress
 
 import pytest
+
 from farshore.domain.errors import Code, FarshoreError
 from farshore.lab import tls
 from farshore.providers.vsphere.folder import Folder, Place

@@ -5,11 +5,12 @@ from __future__ import annotations
 from datetime import UTC, datetime
 
 import pytest
+from pyVmomi import vim
+
 from farshore.providers.ports import Severity
 from farshore.providers.vsphere.inventory import Entry
 from farshore.providers.vsphere.machine import Machine
 from farshore.providers.vsphere.readiness import assess, judge, machine_reason
-from pyVmomi import vim
 
 DISK = vim.vm.device.VirtualDisk
 MIB = 1 << 20

@@ -1,0 +1,1 @@
+"""The main job, live: `python -m farshore.lab.demo`. It uses Farshore from outside, by its command line."""
