@@ -34,7 +34,7 @@ export PYRIGHT_PYTHON_IGNORE_WARNINGS := 1
 ##@ The two that a newcomer needs
 .PHONY: demo test
 demo: install ## protect a three-tier application, rehearse, fail over, prove it byte for byte
-	$(BIN)/python -m farshore.workers.demo $(ARGS)
+	$(BIN)/python -m farshore.lab.demo $(ARGS)
 
 test: install ## short tests (under 15 minutes on 2 cores)
 	$(BIN)/python -m pytest -m "not slow" -n $(JOBS) --dist loadfile $(ARGS)

@@ -76,7 +76,7 @@ class ControlActivities:
             names.MACHINE_PROTECTION,
             ProtectionState(spec=spec),
             id=names.protection_id(spec.machine),
-            task_queue=names.CONTROL_QUEUE,
+            task_queue=names.PROTECTION_QUEUE,
             id_reuse_policy=WorkflowIDReusePolicy.ALLOW_DUPLICATE,
             id_conflict_policy=WorkflowIDConflictPolicy.USE_EXISTING,
             static_summary=f"Protection of {spec.machine}",

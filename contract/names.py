@@ -5,7 +5,11 @@ from __future__ import annotations
 from temporalio.common import SearchAttributeKey
 
 CONTROL_QUEUE = "farshore"
-"""Workflows, and activities that touch no site."""
+"""Runs, and activities that touch no site. Runs are pinned to the build that began them, where builds are deployed as
+versions."""
+
+PROTECTION_QUEUE = "farshore.protection"
+"""MachineProtection workflows: they outlive every deployment, so they move on to each new build."""
 
 FAILOVER = "Failover"
 FAILOVER_GROUP = "FailoverGroup"

@@ -289,7 +289,7 @@ def _replication(data: Data) -> Iterator[Issue]:
 def _scripts(data: Data) -> Iterator[Issue]:
     for path, action in _actions(data):
         script = action.get("script")
-        if not isinstance(script, str) or action.get("where") == "guest":
+        if not isinstance(script, str):
             continue
         parts = script.replace("\\", "/").split("/")
         if script.startswith(("/", "\\", "~")) or script[1:2] == ":" or ".." in parts:

@@ -195,7 +195,7 @@ class ManualAction(Action):
 
 
 class ScriptAction(Action):
-    """A script runs: on a worker (a file of the plans folder's `scripts/`), or in a recovered machine."""
+    """A script of the plans folder's `scripts/` runs on a worker, or in a recovered machine."""
 
     script: str = Field(
         min_length=1, max_length=500, description="file in the plans folder's scripts/", examples=["smoke.sh"]

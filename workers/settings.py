@@ -40,6 +40,13 @@ class PlanSettings(_Part):
     folder: Path
 
 
+class Deployment(_Part):
+    """Worker versioning: runs stay on the build that began them, protection loops move on to the current build."""
+
+    build: str = Field(min_length=1, description="id of this build; workers of one build share it")
+    activate: bool = Field(default=True, description="make this build the current one when its workers poll")
+
+
 class WorkerTuning(_Part):
     """How a worker uses its machine. Seconds."""
 
@@ -48,6 +55,7 @@ class WorkerTuning(_Part):
     heartbeat_throttle: float = Field(default=3.0, gt=0, description="longest delay of a heartbeat")
     graceful_shutdown: float = Field(default=10.0, ge=0)
     metrics: str | None = Field(default=None, description="host:port for Prometheus; none: no metrics")
+    deployment: Deployment | None = Field(default=None, description="none: workers are not versioned")
 
 
 class VSphereSite(_Part):

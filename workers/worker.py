@@ -13,8 +13,11 @@ from collections.abc import Callable, Sequence
 from datetime import timedelta
 from typing import Any
 
+from temporalio.api.workflowservice.v1 import SetWorkerDeploymentCurrentVersionRequest
 from temporalio.client import Client
-from temporalio.worker import Worker
+from temporalio.common import VersioningBehavior, WorkerDeploymentVersion
+from temporalio.service import RPCError
+from temporalio.worker import Worker, WorkerDeploymentConfig
 from temporalio.worker.workflow_sandbox import SandboxedWorkflowRunner, SandboxRestrictions
 
 from farshore.activities.control import ControlActivities
@@ -31,14 +34,8 @@ from farshore.workflows.machine_protection import MachineProtection
 from farshore.workflows.points import RecoveryPoints
 from farshore.workflows.protection import Protection
 
-WORKFLOWS: Sequence[type] = (
-    Failover,
-    FailoverGroup,
-    MachineFailover,
-    Protection,
-    MachineProtection,
-    RecoveryPoints,
-)
+RUNS: Sequence[type] = (Failover, FailoverGroup, MachineFailover, Protection, RecoveryPoints)
+_ACTIVATION_TRIES = 60
 
 _PASSED_THROUGH = (
     "farshore.activities",
@@ -67,21 +64,60 @@ def _activities(of: object) -> list[Callable[..., Any]]:
     ]
 
 
-def control_worker(client: Client, settings: Settings) -> Worker:
-    """Workflows and control activities."""
+def control_workers(client: Client, settings: Settings) -> list[Worker]:
+    """Two workers: runs with the control activities, and the machines' protection workflows."""
     tuning = settings.worker
     control = ControlActivities(client, settings.plans.folder, settings, leg_seconds=tuning.leg)
-    return Worker(
+    shared: dict[str, Any] = {
+        "interceptors": [ErrorInterceptor()],
+        "workflow_runner": workflow_runner(),
+        "max_concurrent_activities": tuning.activities,
+        "graceful_shutdown_timeout": timedelta(seconds=tuning.graceful_shutdown),
+        "disable_eager_activity_execution": True,
+    }
+    runs = Worker(
         client,
         task_queue=names.CONTROL_QUEUE,
-        workflows=list(WORKFLOWS),
+        workflows=list(RUNS),
         activities=_activities(control),
-        interceptors=[ErrorInterceptor()],
-        workflow_runner=workflow_runner(),
-        max_concurrent_activities=tuning.activities,
-        graceful_shutdown_timeout=timedelta(seconds=tuning.graceful_shutdown),
-        disable_eager_activity_execution=True,
+        deployment_config=_versioned(settings, names.CONTROL_QUEUE, VersioningBehavior.PINNED),
+        **shared,
     )
+    protection = Worker(
+        client,
+        task_queue=names.PROTECTION_QUEUE,
+        workflows=[MachineProtection],
+        deployment_config=_versioned(settings, names.PROTECTION_QUEUE, VersioningBehavior.AUTO_UPGRADE),
+        **shared,
+    )
+    return [runs, protection]
+
+
+def _versioned(settings: Settings, queue: str, behavior: VersioningBehavior) -> WorkerDeploymentConfig | None:
+    deployment = settings.worker.deployment
+    if deployment is None:
+        return None
+    return WorkerDeploymentConfig(
+        version=WorkerDeploymentVersion(deployment_name=queue, build_id=deployment.build),
+        use_worker_versioning=True,
+        default_versioning_behavior=behavior,
+    )
+
+
+async def activate(client: Client, build: str) -> None:
+    """Make `build` the current version of both deployments; waits until its workers have polled."""
+    for queue in (names.CONTROL_QUEUE, names.PROTECTION_QUEUE):
+        request = SetWorkerDeploymentCurrentVersionRequest(
+            namespace=client.namespace, deployment_name=queue, build_id=build, identity=client.identity
+        )
+        for attempt in range(_ACTIVATION_TRIES):
+            try:
+                await client.workflow_service.set_worker_deployment_current_version(request)
+                break
+            except RPCError:
+                if attempt + 1 == _ACTIVATION_TRIES:
+                    raise
+                await asyncio.sleep(1)  # the server learns of a version when its first poller arrives
 
 
 def site_worker(client: Client, settings: Settings, site: str, sites: ConfiguredSites) -> Worker:
@@ -110,9 +146,12 @@ async def run_workers(
 ) -> None:
     """Run the wanted workers until `stop` is set; then let steps that are under way finish or hand over."""
     configured = ConfiguredSites(settings)
-    workers = [control_worker(client, settings)] if control else []
+    workers = control_workers(client, settings) if control else []
     workers += [site_worker(client, settings, site, configured) for site in sites]
     running = [asyncio.create_task(worker.run()) for worker in workers]
+    deployment = settings.worker.deployment
+    if control and deployment is not None and deployment.activate:
+        await activate(client, deployment.build)
     log.info("workers run: %s", ", ".join(worker.task_queue for worker in workers))
     waiting = asyncio.create_task(stop.wait())
     try:

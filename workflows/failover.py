@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from datetime import datetime, timedelta
 
 from temporalio import workflow
-from temporalio.common import Priority, SearchAttributePair, TypedSearchAttributes, VersioningBehavior
+from temporalio.common import Priority, SearchAttributePair, TypedSearchAttributes
 from temporalio.exceptions import ActivityError, ApplicationError, ChildWorkflowError
 
 with workflow.unsafe.imports_passed_through():
@@ -72,7 +72,7 @@ class _Part:
     handle: workflow.ChildWorkflowHandle[FailoverGroup, list[MachineResult]]
 
 
-@workflow.defn(name=names.FAILOVER, versioning_behavior=VersioningBehavior.PINNED)
+@workflow.defn(name=names.FAILOVER)
 class Failover:
     """Start it with one JSON object: {"plan": "crm", "kind": "planned", "reason": "…"}."""
 

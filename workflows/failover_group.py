@@ -7,7 +7,7 @@ from __future__ import annotations
 import asyncio
 
 from temporalio import workflow
-from temporalio.common import SearchAttributePair, TypedSearchAttributes, VersioningBehavior
+from temporalio.common import SearchAttributePair, TypedSearchAttributes
 from temporalio.exceptions import ApplicationError, ChildWorkflowError
 
 with workflow.unsafe.imports_passed_through():
@@ -19,7 +19,7 @@ with workflow.unsafe.imports_passed_through():
     from farshore.workflows.stages import COURSES
 
 
-@workflow.defn(name=names.FAILOVER_GROUP, versioning_behavior=VersioningBehavior.PINNED)
+@workflow.defn(name=names.FAILOVER_GROUP)
 class FailoverGroup:
     """Child of a Failover."""
 

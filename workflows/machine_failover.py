@@ -12,7 +12,6 @@ from datetime import datetime
 from typing import Any
 
 from temporalio import workflow
-from temporalio.common import VersioningBehavior
 from temporalio.exceptions import ActivityError, ApplicationError
 
 with workflow.unsafe.imports_passed_through():
@@ -57,7 +56,7 @@ class _Stopped(Exception):
     """The run stops before this machine is done."""
 
 
-@workflow.defn(name=names.MACHINE_FAILOVER, versioning_behavior=VersioningBehavior.PINNED)
+@workflow.defn(name=names.MACHINE_FAILOVER)
 class MachineFailover:
     """Child of a FailoverGroup."""
 

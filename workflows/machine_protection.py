@@ -12,7 +12,6 @@ from datetime import timedelta
 from typing import Any
 
 from temporalio import workflow
-from temporalio.common import VersioningBehavior
 from temporalio.exceptions import ActivityError, ApplicationError
 
 with workflow.unsafe.imports_passed_through():
@@ -50,7 +49,7 @@ _SECOND_HALF = (
 )
 
 
-@workflow.defn(name=names.MACHINE_PROTECTION, versioning_behavior=VersioningBehavior.AUTO_UPGRADE)
+@workflow.defn(name=names.MACHINE_PROTECTION)
 class MachineProtection:
     """One per protected machine, id `machine/<name>`, for as long as the machine is protected."""
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 
 from temporalio import workflow
-from temporalio.common import VersioningBehavior
 from temporalio.exceptions import ActivityError
 
 with workflow.unsafe.imports_passed_through():
@@ -18,7 +17,7 @@ with workflow.unsafe.imports_passed_through():
     from farshore.workflows.steps import run_step
 
 
-@workflow.defn(name=names.RECOVERY_POINTS, versioning_behavior=VersioningBehavior.PINNED)
+@workflow.defn(name=names.RECOVERY_POINTS)
 class RecoveryPoints:
     """Start it with {"plan": "crm"}."""
 

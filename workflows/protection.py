@@ -6,7 +6,6 @@ import asyncio
 from typing import Any
 
 from temporalio import workflow
-from temporalio.common import VersioningBehavior
 from temporalio.exceptions import ActivityError, ApplicationError
 
 with workflow.unsafe.imports_passed_through():
@@ -37,7 +36,7 @@ _AT_ONCE = 20  # machines worked on at the same time
 _ENABLE_FROM = {MainState.UNPROTECTED: Operation.ENABLE, MainState.ENABLING_FAILED: Operation.ENABLE}
 
 
-@workflow.defn(name=names.PROTECTION, versioning_behavior=VersioningBehavior.PINNED)
+@workflow.defn(name=names.PROTECTION)
 class Protection:
     """Start it with {"plan": "crm"} to protect, {"plan": "crm", "kind": "disable"} to stop."""
 

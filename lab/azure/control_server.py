@@ -9,6 +9,7 @@ from dataclasses import asdict
 from typing import Any
 
 from aiohttp import web
+
 from farshore.lab.azure import diskfiles, disks
 from farshore.lab.azure.entra import Entra
 from farshore.lab.azure.faults import Fault

@@ -10,6 +10,7 @@ from pathlib import Path
 from types import TracebackType
 
 from aiohttp import web
+
 from farshore.lab import tls
 from farshore.lab.azure import landing, strict
 from farshore.lab.azure.control_server import ControlServer

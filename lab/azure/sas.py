@@ -11,6 +11,7 @@ from email.utils import formatdate
 from pathlib import Path
 
 from aiohttp import web
+
 from farshore.lab.azure import diskfiles, disks
 from farshore.lab.azure.model import DISK, SNAPSHOT, Resource
 from farshore.lab.azure.world import World

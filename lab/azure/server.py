@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from aiohttp import web
+
 from farshore.lab.azure import routes, sas, strict
 from farshore.lab.azure.entra import Entra, TokenRefused
 from farshore.lab.azure.faults import Fault

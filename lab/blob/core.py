@@ -154,7 +154,19 @@ class StoreCore:
                 )
                 found = PageStore(self.slot_file(store), store, rows, durable=self.durable)
                 self._stores[store] = found
+                # A crash may have come between a snapshot's row and its bytes: finish that deletion.
+                for gen in sorted(found.gens() - set(self.catalog.live_gens(store))):
+                    self.drop_gen(found, gen)
             return found
+
+    def drop_gen(self, pages: PageStore, gen: int) -> None:
+        """The row of a generation is gone: pass on or free what it wrote."""
+        with pages.lock:
+            live = [g for g in self.catalog.live_gens(pages.store) if g > gen]
+            change = pages.plan_drop(gen, live[0] if live else None)
+            with self.catalog.transaction() as db:
+                change.persist(db, pages.store)
+            pages.apply(change)
 
     def slot_file(self, store: int) -> Path:
         return self._data / f"{store}.slots"

@@ -203,13 +203,7 @@ class PageOps(StoreCore):
     def retire(self, old: BlobRow) -> None:
         """`old` is no longer in the catalogue: keep only what snapshots still need of its store."""
         if old.kind == PAGE_BLOB and self.catalog.live_gens(old.store):
-            pages = self.pages(old.store)
-            with pages.lock:
-                live = [g for g in self.catalog.live_gens(old.store) if g > old.gen]
-                change = pages.plan_drop(old.gen, live[0] if live else None)
-                with self.catalog.transaction() as db:
-                    change.persist(db, old.store)
-                pages.apply(change)
+            self.drop_gen(self.pages(old.store), old.gen)
             return
         self.drop_if_unreferenced(old.store)
 

@@ -179,7 +179,9 @@ class PageStore:
             change.deletes.append((chunk, gen))
             if heir is None:
                 continue
-            theirs = next((v for v in versions if v.gen == heir), None)
+            # Not simply the heir's version: another dead generation may lie between (many snapshots deleted at
+            # once, or a crash in the middle of it), and then that one inherits.
+            theirs = next((v for v in versions if gen < v.gen <= heir), None)
             if theirs is None:
                 older = any(v.gen < gen for v in versions)
                 if mine.valid or older:
@@ -221,6 +223,10 @@ class PageStore:
         """The transaction failed: the slots taken are free again."""
         for slot in change.taken:
             heapq.heappush(self._free, slot)
+
+    def gens(self) -> set[int]:
+        """Generations that have a version of any chunk."""
+        return {v.gen for versions in self._chunks.values() for v in versions}
 
     # --- reading --------------------------------------------------------------------------------------------
 

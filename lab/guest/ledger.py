@@ -189,9 +189,10 @@ class LedgerWriter:
         self._area_offset = area_offset
         self._clock_ns = clock_ns
         self._filler = filler
-        self._super = _read_supers(disks, area_offset)[0]
+        supers = _read_supers(disks, area_offset)
+        self._super = supers[0]
         self._name = self._super.machine.encode()
-        scan = _scan(disks, area_offset, [self._super] * len(disks))
+        scan = _scan(disks, area_offset, supers)
         last = max(scan.records.values(), key=lambda r: r.number, default=None)
         self.last_number = last.number if last else 0
         self.last_time_ns = last.time_ns if last else 0

@@ -157,7 +157,7 @@ class Datastore(Entity):
                 majorVersion=6,
                 version="6.82",
                 uuid=self.uuid,
-                extent=[],
+                extent=[vim.host.ScsiDisk.Partition(diskName=f"naa.{self.uuid[:8]}", partition=1)],
                 vmfsUpgradable=False,
             )
             return vim.host.VmfsDatastoreInfo(vmfs=volume, **common)

@@ -182,10 +182,11 @@ def encode_fault(fault: Any, version: Any) -> bytes:
     message = fault.msg or support.GetWsdlName(type(fault))
     bare = copy.copy(fault)
     bare.msg = None
-    info = support.Object(
-        name=support.GetWsdlName(type(fault)) + "Fault", type=type(fault), version=_BASE, flags=0
-    )
+    kind = support.GetWsdlName(type(fault))
+    info = support.Object(name=f"{kind}Fault", type=type(fault), version=_BASE, flags=0)
     detail = _correct(soap.SerializeFaultDetail(bare, info, version, _prefixes()))
+    # The type is what Go clients decode by; pyVmomi's serializer leaves it out at the top.
+    detail = detail.replace(f"<{kind}Fault", f'<{kind}Fault xmlns="{NAMESPACE}" xsi:type="{kind}"', 1)
     return _ENVELOPE.format(
         "<soapenv:Fault><faultcode>ServerFaultCode</faultcode>"
         f"<faultstring>{escape(message)}</faultstring><detail>{detail}</detail></soapenv:Fault>"

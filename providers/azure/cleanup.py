@@ -20,7 +20,7 @@ from farshore.providers.azure import names
 from farshore.providers.azure.client import AzureClients
 from farshore.providers.azure.ensure import tags_of
 from farshore.providers.azure.errors import classify, is_in_use, is_missing
-from farshore.providers.azure.lro import attended, drive
+from farshore.providers.azure.lro import drive
 from farshore.providers.azure.networks import Locks, vnet_of_subnet
 from farshore.providers.azure.staging import Staging
 from farshore.providers.ports import Checkpoint, Purpose, Removal, Resource
@@ -111,26 +111,16 @@ class Cleanup:
                 Code.INVALID_INPUT,
                 "Removing what failovers made needs a plan, a run or a machine: all of a site at once is never meant.",
             )
-        found = await attended(
-            self.find(purpose=purpose, plan=plan, run=run, machine=machine, except_run=except_run),
-            checkpoint=checkpoint,
-            note={"step": "find"},
-            interval=self._settings.checkpoint_interval,
-        )
+        checkpoint({"step": "find"})
+        found = await self.find(purpose=purpose, plan=plan, run=run, machine=machine, except_run=except_run)
         tally = _Tally()
         gate = asyncio.Semaphore(self._settings.removal_parallel)
         for kind in ORDER:
             batch = [f for f in found if f.resource.kind == kind]
             if not batch:
                 continue
-            note = {"step": f"remove {kind}", "deleted": len(tally.deleted), "of": len(found)}
-            checkpoint(note)
-            await attended(
-                self._batch(batch, gate, tally),
-                checkpoint=checkpoint,
-                note=note,
-                interval=self._settings.checkpoint_interval,
-            )
+            checkpoint({"step": f"remove {kind}", "deleted": len(tally.deleted), "of": len(found)})
+            await self._batch(batch, gate, tally)
         return Removal(deleted=tuple(tally.deleted), leftovers=tuple(tally.left))
 
     async def _batch(self, batch: Sequence[Found], gate: asyncio.Semaphore, tally: _Tally) -> None:
@@ -174,7 +164,7 @@ class Cleanup:
             return await delete(found.group, name)
 
         async def go() -> None:
-            await drive(begin, doing=doing, subject=name, interval=self._settings.checkpoint_interval)
+            await drive(begin, doing=doing, subject=name)
 
         try:
             # Sorted, so that two interfaces of two networks can't wait for each other.

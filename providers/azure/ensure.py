@@ -135,7 +135,6 @@ class Ensurer:
                 begin,
                 doing=doing,
                 subject=wanted.what,
-                interval=self.settings.checkpoint_interval,
                 checkpoint=lambda _: checkpoint(dict(note or {})),
             )
         except AzureError as error:
@@ -174,7 +173,6 @@ class Ensurer:
             begin if token is None else wanted.make,
             doing=f"creating {wanted.what}",
             subject=wanted.what,
-            interval=self.settings.checkpoint_interval,
             checkpoint=checkpoint,
             note=note,
             token=token,

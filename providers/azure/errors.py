@@ -18,6 +18,7 @@ from typing import Any
 from azure.core.exceptions import (
     AzureError,
     ClientAuthenticationError,
+    DecodeError,
     HttpResponseError,
     ServiceRequestError,
     ServiceResponseError,
@@ -284,7 +285,7 @@ def classify(error: BaseException, *, doing: str, subject: str = "", late: bool 
             subject=subject,
             details=details,
         )
-    if not isinstance(error, HttpResponseError):
+    if not isinstance(error, HttpResponseError) or isinstance(error, DecodeError) or (what.status is None and not what.code):
         return FarshoreError(
             Code.TARGET_UNREACHABLE,
             f"Azure's answer could not be read while {doing}: {what.message}",

@@ -50,21 +50,36 @@ def silent(_note: Mapping[str, Any]) -> None:
 
 
 async def attended(
-    work: Awaitable[T], *, checkpoint: Checkpoint, note: Mapping[str, Any], interval: float
+    work: Callable[[Checkpoint], Awaitable[T]],
+    *,
+    checkpoint: Checkpoint,
+    interval: float,
+    begin: Mapping[str, Any] | None = None,
 ) -> T:
-    """Await `work` and call `checkpoint(note)` at least every `interval` seconds; its exception cancels the work."""
-    task = asyncio.ensure_future(work)
+    """Await `work(note)` and repeat its last note (at first `begin`) to `checkpoint` at least every `interval` seconds.
+
+    So a checkpoint comes in time even while a request hangs, and what a successor needs stays in it. An exception of
+    `checkpoint` cancels the work.
+    """
+    last = dict(begin or {})
+
+    def note(news: Mapping[str, Any]) -> None:
+        nonlocal last
+        last = dict(news)
+        checkpoint(last)
+
+    task = asyncio.ensure_future(work(note))
     try:
         while True:
             done, _ = await asyncio.wait({task}, timeout=interval)
             if done:
                 return await task
-            checkpoint(note)
+            checkpoint(last)
     finally:
         if not task.done():
             task.cancel()
             # Only the cancellation that was just asked for is swallowed; the caller's own goes on.
-            with contextlib.suppress(asyncio.CancelledError, AzureError):
+            with contextlib.suppress(asyncio.CancelledError, AzureError, FarshoreError):
                 await task
 
 
@@ -73,7 +88,6 @@ async def drive(
     *,
     doing: str,
     subject: str,
-    interval: float,
     checkpoint: Checkpoint = silent,
     note: Mapping[str, Any] | None = None,
     token: str | None = None,
@@ -95,7 +109,7 @@ async def drive(
     current = {**said_so, "token": poller.continuation_token()}
     checkpoint(current)
     try:
-        return await attended(poller.result(), checkpoint=checkpoint, note=current, interval=interval)
+        return await poller.result()
     except AzureError as error:
         if _gave_up(error):
             checkpoint(said_so)

@@ -161,7 +161,6 @@ class Machines:
                 begin,
                 doing=doing,
                 subject=name,
-                interval=self._settings.checkpoint_interval,
                 # Without the token: a successor reads the power state instead.
                 checkpoint=lambda _: checkpoint({"step": "stop"}),
             )
@@ -205,7 +204,6 @@ class Machines:
                     begin,
                     doing=doing,
                     subject=name,
-                    interval=self._settings.checkpoint_interval,
                     checkpoint=lambda _: checkpoint({"step": "script"}),
                 )
         except TimeoutError as error:

@@ -6,6 +6,7 @@ import itertools
 from dataclasses import replace
 
 import pytest
+from pydantic import TypeAdapter
 
 from farshore.domain import capabilities as caps
 from farshore.domain.capabilities import Capabilities, Direction, Location, Row
@@ -571,3 +572,10 @@ def test_an_event_that_a_state_does_not_have_is_a_defect_and_is_not_tried_again(
         succeed(protected())
     assert caught.value.code is Code.INTERNAL
     assert not caught.value.retryable
+
+
+def test_a_state_survives_as_json():
+    adapter = TypeAdapter(MachineState)
+    for main in MainState:
+        state = replace(in_state(main), test=TestState.WAITING_FOR_COMPLETION, resync=ResyncState.REQUIRED)
+        assert adapter.validate_json(adapter.dump_json(state)) == state

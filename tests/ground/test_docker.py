@@ -15,6 +15,7 @@ import threading
 import time
 import tomllib
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +23,11 @@ import pytest
 from ruamel.yaml import YAML
 
 from farshore.contract.names import SEARCH_ATTRIBUTES
+from farshore.lab.vcenter import DEFAULT_PASSWORD, DEFAULT_USER
+from farshore.workers.settings import load_settings
 
 BIN = Path(sys.executable).parent
-ONE_SHOT = {"temporal-schema", "temporal-setup"}
+ONE_SHOT = {"temporal-schema", "temporal-setup", "lab-inventory", "lab-secrets"}
 
 
 @pytest.fixture(scope="module")
@@ -80,7 +83,7 @@ def test_every_reference_inside_the_compose_file_has_a_target(compose: dict[str,
             source = volume.split(":")[0]
             assert source.startswith(("./", "$")) or source in compose["volumes"], (name, volume)
         mode = service.get("network_mode", "")
-        assert not mode or mode.removeprefix("service:") in services, name
+        assert mode in {"", "none"} or mode.removeprefix("service:") in services, name
     for config in compose["configs"].values():
         default = re.sub(r"\$\{\w+:-([^}]*)\}", r"\1", config["file"])
         assert (root / default).is_file(), default
@@ -96,8 +99,10 @@ def test_there_is_a_worker_service_for_every_site_role(services: dict[str, dict[
     for name in ("worker-vsphere", "worker-azure", "lab-worker-vsphere", "lab-worker-azure"):
         assert roles[name][:2] == ["site", "--site"], name
     assert {name for name, s in services.items() if s.get("profiles") == ["lab"]} == {
+        "lab-inventory",
         "lab-vcenter",
         "lab-azure",
+        "lab-secrets",
         "lab-worker-vsphere",
         "lab-worker-azure",
     }
@@ -157,32 +162,44 @@ def test_secrets_are_files_and_none_is_tracked(
     assert kept <= {".gitignore"}
 
 
-@pytest.mark.parametrize("name", ["settings.example.toml", "settings.lab.toml"])
-def test_the_settings_refer_to_secrets_and_name_the_sites_of_the_services(
-    root: Path, services: dict[str, dict[str, Any]], compose: dict[str, Any], name: str
+@pytest.mark.parametrize(
+    ("name", "profile", "secrets"),
+    [
+        ("settings.example.toml", "sites", "/run/secrets/"),
+        ("settings.lab.toml", "lab", "/var/lib/farshore-lab/secrets/"),
+    ],
+)
+def test_the_workers_understand_the_settings_and_find_their_sites_and_secrets(
+    root: Path, services: dict[str, dict[str, Any]], name: str, profile: str, secrets: str
 ) -> None:
-    settings = tomllib.loads((root / "docker" / name).read_text())
-    lab = "lab" in name
-    mounted = {secret for s in services.values() for secret in s.get("secrets", [])}
-    for site in settings["sites"].values():
-        for key, value in site.items():
-            if key in {"password", "client_secret", "storage_key"}:
-                kind, _, target = value.partition(":")
-                assert kind == ("env" if lab else "file")
-                if lab:
-                    assert all(
-                        target in s["environment"] for n, s in services.items() if n.startswith("lab-worker")
-                    )
-                else:
-                    assert target.removeprefix("/run/secrets/") in mounted
-    wanted = {
-        re.sub(r"\$\{\w+:-([^}]*)\}", r"\1", service["command"][-1])
-        for service in services.values()
-        if "--site" in service.get("command", []) and service["profiles"] == (["lab"] if lab else ["sites"])
-    }
-    assert set(settings["sites"]) == wanted
-    health = services["worker-control"]["healthcheck"]["test"][-1]
-    assert settings["health"]["listen"] in health
+    settings = load_settings(root / "docker" / name)
+    workers = [
+        s for s in services.values() if "--site" in s.get("command", []) and s["profiles"] == [profile]
+    ]
+    assert set(settings.sites) == {re.sub(r"\$\{\w+:-([^}]*)\}", r"\1", w["command"][-1]) for w in workers}
+    mounted = {secret for worker in workers for secret in worker.get("secrets", [])}
+    for site in settings.sites.values():
+        for field, value in site:
+            if field in {"password", "client_secret", "storage_key"}:
+                assert value.startswith(f"file:{secrets}"), field
+                assert profile == "lab" or value.removeprefix(f"file:{secrets}") in mounted
+
+
+def test_the_commands_of_the_workers_are_those_of_the_command_line(
+    services: dict[str, dict[str, Any]],
+) -> None:
+    told = subprocess.run(
+        [str(BIN / "farshore"), "worker", "--help"],
+        capture_output=True,
+        text=True,
+        check=True,
+        env={**os.environ, "NO_COLOR": "1", "TERM": "dumb", "COLUMNS": "200"},
+    ).stdout
+    for name, service in services.items():
+        if service.get("command", [None])[:1] == ["worker"]:
+            assert {word for word in service["command"] if word.startswith("--")} <= set(
+                re.findall(r"--[a-z-]+", told)
+            ), name
 
 
 # --- Dockerfile ------------------------------------------------------------------------------------------------------
@@ -364,6 +381,8 @@ def test_the_health_check_tells_well_from_ill_and_from_gone(root: Path) -> None:
         assert check(f"http://127.0.0.1:{port}/healthz") == 0
         assert check(f"http://127.0.0.1:{port}/ill") == 1
         assert check(f"tcp://127.0.0.1:{port}") == 0
+        assert check(f"file://{root}/LICENSE", f"tcp://127.0.0.1:{port}") == 0
+        assert check(f"file://{root}/absent", f"tcp://127.0.0.1:{port}") == 1
     finally:
         server.shutdown()
         server.server_close()
@@ -374,3 +393,67 @@ def test_the_health_check_tells_well_from_ill_and_from_gone(root: Path) -> None:
     assert check("ftp://127.0.0.1/") == 1
     assert check() != 0
     assert time.monotonic() - started < 15
+
+
+@contextmanager
+def laboratory(*command: str) -> Iterator[dict[str, Any]]:
+    """A part of the laboratory as a process; yields its ready line."""
+    process = subprocess.Popen([sys.executable, "-m", *command], stdout=subprocess.PIPE, text=True)
+    try:
+        assert process.stdout is not None
+        yield json.loads(process.stdout.readline())
+    finally:
+        process.terminate()
+        try:
+            process.wait(20)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+        process.stdout.close()
+
+
+def without_port(url: str) -> str:
+    return re.sub(r":\d+", "", url, count=1)
+
+
+def test_the_settings_of_the_lab_profile_are_those_of_the_laboratory(root: Path, tmp_path: Path) -> None:
+    volume, errand = tmp_path, [sys.executable, str(root / "docker" / "lab.py")]
+    inside = "/var/lib/farshore-lab/"  # where the volume is mounted
+    settings = tomllib.loads((root / "docker" / "settings.lab.toml").read_text())
+    inventory = volume / "inventory.json"
+    for _ in range(2):  # a restart changes nothing
+        subprocess.run([*errand, "inventory", str(inventory)], check=True)
+    assert {vm["name"] for vm in json.loads(inventory.read_text())["vms"]} >= {
+        "crm-db01",
+        "crm-app01",
+        "crm-web01",
+    }
+
+    config = ["--config", str(inventory)]
+    with laboratory("farshore.lab.vcenter", "--root", str(volume / "vcenter"), *config) as vcenter:
+        east = settings["sites"]["east"]
+        assert vcenter["ca"] == str(volume / east["ca_file"].removeprefix(inside))
+        assert f"https://{east['host']}" in without_port(vcenter["sdk"])
+
+    with laboratory("farshore.lab.azure", "--root", str(volume / "azure")) as azure:
+        west = settings["sites"]["westeurope"]
+        for field in (
+            "tenant",
+            "client_id",
+            "subscription",
+            "resource_group",
+            "location",
+            "storage_account_id",
+        ):
+            assert west[field] == azure[field], field
+        assert west["storage_account"] == azure["account"]
+        assert without_port(west["blob_endpoint"]) == without_port(azure["blob"])
+        assert without_port(west["base_url"]) == without_port(west["authority"]) == without_port(azure["arm"])
+        assert azure["ca"] == str(volume / west["ca_file"].removeprefix(inside))
+        for _ in range(2):
+            subprocess.run([*errand, "secrets", azure["control"], str(volume / "secrets")], check=True)
+        expected = {"client_secret": azure["client_secret"], "storage_key": azure["account_key"]}
+        for field, value in expected.items():
+            assert (volume / west[field].removeprefix(f"file:{inside}")).read_text() == value
+    assert (volume / east["password"].removeprefix(f"file:{inside}")).read_text() == DEFAULT_PASSWORD
+    assert east["user"] == DEFAULT_USER

@@ -31,7 +31,7 @@ ARROWS: dict[str, set[str]] = {
     "plans": {"domain"},
     "contract": {"plans", "domain"},
     "replication": {"domain"},
-    "providers": {"domain", "replication.ports"},
+    "providers": {"domain", "replication.ports", "replication.backend", "replication.replica"},
     "activities": {"providers.ports", "replication", "plans", "contract", "domain"},
     "workflows": {"activities", "plans", "contract", "domain"},
     "workers": set(PRODUCT) - {"workers"},
@@ -118,7 +118,10 @@ MUTANTS = {
     ("plans", "import farshore.contract"): "plans import domain",
     ("contract", "import farshore.activities"): "contract imports plans, domain",
     ("replication", "import farshore.providers"): "replication imports domain",
-    ("providers/azure", "import farshore.replication.engine"): "providers import domain, replication.ports",
+    (
+        "providers/azure",
+        "import farshore.replication.engine",
+    ): "providers import domain and what replication lets a store fill: ports, backend, replica",
     ("providers/vsphere", "import farshore.providers.azure"): "a provider does not know its siblings",
     ("activities", "from farshore.providers.azure import client"): (
         "activities import providers.ports, replication, plans, contract, domain"

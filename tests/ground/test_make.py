@@ -52,7 +52,7 @@ def test_on_a_fresh_machine_the_demo_begins_by_installing_the_lock_with_hashes(
         "-m venv .venv",
         "--require-hashes -r requirements.lock",
         "-e .",
-        "-m farshore.workers.demo --exit",
+        "-m farshore.lab.demo --exit",
     ]
     places = [steps.find(step) for step in order]
     assert -1 not in places, steps

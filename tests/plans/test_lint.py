@@ -47,6 +47,7 @@ CASES = [
     ("script: smoke.sh", "script: /bin/sh", ERROR, "script-path", "boot[2].after[0].script", "leads out", "smoke.sh", "/bin/sh"),
     ("script: smoke.sh", "script: a/../../x.sh", ERROR, "script-path", "boot[2].after[0].script", "leads out", "smoke.sh", "a/../../x.sh"),
     ("script: smoke.sh", r"script: C:\x.cmd", ERROR, "script-path", "boot[2].after[0].script", "leads out", "smoke.sh", "C:"),
+    (GUEST, GUEST.replace("smoke.sh", "../x") + "        where: guest\n        machine: crm-db01\n", ERROR, "script-path", "boot[2].after[0].script", "leads out", "smoke.sh", "../x"),
     (GUEST, GUEST + "        where: guest\n", ERROR, "machine-missing", "boot[2].after[0]", "needs its `machine`", "crm-db01", "script: smoke.sh"),
     (GUEST, GUEST + "        where: guest\n        machine: crm-db9\n", ERROR, "unknown-machine", "boot[2].after[0].machine", "Did you mean crm-db01?", "crm-db01", "crm-db9"),
     (GUEST, GUEST + "        machine: crm-db01\n", WARNING, "machine-unused", "boot[2].after[0].machine", "on a worker", "where: guest", "machine: crm-db01\n        timeout"),
@@ -101,7 +102,7 @@ def test_one_mistake_gives_one_finding(spoil: Spoil):
         assert len(lint(spoil(old, new))) == 1, (old, new, [f.text("p") for f in lint(spoil(old, new))])
 
 
-def test_a_thousand_machines_in_a_group_are_fine(crm: str):
+def test_a_group_of_a_hundred_and_fifty_machines_is_fine(crm: str):
     names = [f"m{i}" for i in range(150)]
     text = (
         "farshore: 1\nplan: big\nsites: {source: a, target: b}\nnetwork: {failover: n}\nmachines:\n"
@@ -237,3 +238,12 @@ def test_a_value_of_any_shape_in_any_place_is_explained_never_raised(place: str,
     home[place] = value
     for finding in lint(json.dumps(data)):
         assert finding.fix
+
+
+def test_a_list_whose_items_are_wrong_is_not_called_empty():
+    text = "farshore: 1\nplan: p\nsites: {source: a, target: b}\nnetwork: {failover: n}\nmachines: {m: 3}\nboot: [3]\n"
+    assert {(f.path, f.code) for f in lint(text)} == {
+        ("machines.m", "type"),
+        ("machines.m", "machine-in-no-group"),
+        ("boot[0]", "type"),
+    }

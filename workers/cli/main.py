@@ -17,6 +17,7 @@ from typing import Annotated, Any, NoReturn
 import typer
 from pydantic import ValidationError
 from rich.console import Console
+from temporalio.service import RPCError
 
 from farshore.contract.client import FarshoreClient, RunFailed
 from farshore.contract.converter import explain
@@ -97,6 +98,10 @@ def _guarded(work: Coroutine[Any, Any, int]) -> int:
         err.print(f"[bold red]{explain(error)}[/]")
         err.print(CATALOGUE[Code.INVALID_INPUT].action)
         return Exit.BAD_INPUT
+    except RPCError as error:
+        return show_error(
+            FarshoreError(Code.TEMPORAL_UNREACHABLE, f"Temporal answered {error.status.name}: {error.message}"[:300])
+        )
     except KeyboardInterrupt:
         err.print("Interrupted. A run that was started goes on; `farshore status` shows it.")
         return Exit.FAILED

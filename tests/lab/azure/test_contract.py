@@ -14,14 +14,18 @@ FROM_WHEELS = [r for r in SERVED if r.package in wheel_contract.PACKAGES]
 
 def test_all_but_storage_and_polling_comes_from_a_wheel() -> None:
     by_hand = {r.operation for r in SERVED if r not in FROM_WHEELS}
-    assert {name for name in by_hand if not name.startswith("storage.")} == {routes.LRO_STATUS, routes.LRO_RESULT}
+    assert {name for name in by_hand if not name.startswith("storage.")} == {
+        routes.LRO_STATUS,
+        routes.LRO_RESULT,
+    }
     assert len(FROM_WHEELS) >= 80
 
 
 def test_every_route_agrees_with_the_sdk_in_method_url_version_codes_and_body() -> None:
     wrong: list[str] = []
     for route in FROM_WHEELS:
-        contract = wheel_contract.operations(route.package)[route.operation]
+        contract = wheel_contract.of(route.operation)
+        assert contract is not None, route.operation
         for what, ours, theirs in (
             ("method", route.method, contract.method),
             ("URL", route.template, contract.url),
@@ -38,7 +42,9 @@ def test_every_route_agrees_with_the_sdk_in_method_url_version_codes_and_body() 
 
 
 def test_only_machines_take_preconditions() -> None:
-    conditional = {r.operation for r in FROM_WHEELS if wheel_contract.operations(r.package)[r.operation].etag}
+    conditional = {
+        r.operation for r in FROM_WHEELS if (found := wheel_contract.of(r.operation)) and found.etag
+    }
     assert conditional == {"compute.VirtualMachines.create_or_update", "compute.VirtualMachines.update"}
 
 
@@ -50,10 +56,22 @@ def test_paths_are_found_whatever_their_case() -> None:
     assert found[1] == {"subscriptionId": "s", "resourceGroupName": "g", "diskName": "d"}
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("package", "least"), [("compute", 300), ("network", 800), ("resource.resources", 40)]
+)
+def test_every_operation_of_the_wheels_can_be_read(package, least) -> None:
+    everything = wheel_contract.operations(package)
+    assert len(everything) >= least
+    for route in FROM_WHEELS:
+        if route.package == package:
+            assert wheel_contract.of(route.operation) == everything[route.operation]
+
+
 # the extraction fails on whatever it does not understand
 
 
-SMALL = '''
+SMALL = """
 def build_things_get_request(**kwargs):
     api_version = kwargs.pop("api_version", _params.pop("api-version", "2026-01-01"))
     _url = "/things/{name}"
@@ -66,7 +84,7 @@ class ThingsOperations:
         if response.status_code not in [200]:
             error = _failsafe_deserialize(_models.Oops, response)
         return _deserialize(_models.Thing, response.json())
-'''
+"""
 
 
 def test_a_small_client_is_read_completely() -> None:
@@ -83,7 +101,10 @@ def test_a_small_client_is_read_completely() -> None:
         (lambda s: s.replace('_url = "/things/{name}"', "_url = somewhere()"), "no URL"),
         (lambda s: s.replace('method="GET"', "method=verb"), "no method"),
         (lambda s: s.replace("not in [200]", "!= 200"), "no accepted codes"),
-        (lambda s: s.replace("_request = build_things_get_request()", "_request = other()"), "sends no request"),
+        (
+            lambda s: s.replace("_request = build_things_get_request()", "_request = other()"),
+            "sends no request",
+        ),
         (lambda s: s.replace("ThingsOperations", "ThingsStuff"), "builders without an operation"),
         (lambda s: s.replace("def get(", "def _get_initial("), "without its begin_"),
     ],
@@ -108,10 +129,19 @@ GOOD = {"location": "westeurope", "properties": {"creationData": {"createOption"
         ({"location": 3}, "Disk.location: 3 is no str"),
         ({"zones": "1"}, "Disk.zones: not a list"),
         ({"tags": {"a": 1}}, "Disk.tags.a: 1 is no str"),
-        ({"properties": {"creationData": {"createOption": "Magic"}}}, "Disk.properties.creationData.createOption: 'Magic'"),
-        ({"properties": {"creationData": {"createOption": "Empty"}, "diskSizeGB": True}}, "diskSizeGB: True is no int"),
+        (
+            {"properties": {"creationData": {"createOption": "Magic"}}},
+            "Disk.properties.creationData.createOption: 'Magic'",
+        ),
+        (
+            {"properties": {"creationData": {"createOption": "Empty"}, "diskSizeGB": True}},
+            "diskSizeGB: True is no int",
+        ),
         ({"properties": {}}, "Disk.properties.creationData: missing"),
-        ({"properties": {"creationData": {"createOption": "Empty"}, "timeCreated": "soon"}}, "is no date and time"),
+        (
+            {"properties": {"creationData": {"createOption": "Empty"}, "timeCreated": "soon"}},
+            "is no date and time",
+        ),
     ],
 )
 def test_the_schema_finds_unknown_names_and_wrong_types(change, complaint) -> None:

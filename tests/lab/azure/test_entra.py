@@ -41,8 +41,9 @@ async def test_no_token_and_a_forged_token_are_401(azure) -> None:
 
 
 async def _get(azure, headers):
-    import aiohttp
     import ssl
+
+    import aiohttp
 
     context = ssl.create_default_context(cafile=azure.lab.ca_file)
     url = f"{azure.lab.base_url}/subscriptions/{azure.lab.subscription}/resourcegroups?api-version=2025-04-01"

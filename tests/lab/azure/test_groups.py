@@ -14,7 +14,11 @@ async def _list(pages) -> list:
 async def test_a_group_is_created_found_listed_and_deleted_with_all_in_it(azure, finish) -> None:
     groups = azure.resources.resource_groups
     made = await groups.create_or_update("t-1", {"location": "West Europe", "tags": {"plan": "crm"}})
-    assert (made.location, made.tags, made.properties.provisioning_state) == ("westeurope", {"plan": "crm"}, "Succeeded")
+    assert (made.location, made.tags, made.properties.provisioning_state) == (
+        "westeurope",
+        {"plan": "crm"},
+        "Succeeded",
+    )
     assert await groups.check_existence("T-1")
     assert not await groups.check_existence("t-2")
     assert {g.name for g in await _list(groups.list())} == {"farshore-dr", "t-1"}
@@ -58,9 +62,13 @@ async def test_resources_are_listed_by_tag_and_then_come_without_tags(azure) -> 
     resources = azure.resources.resources
     found = await _list(resources.list(filter="tagName eq 'FARSHORE-RUN' and tagValue eq 'r1'"))
     assert [(r.name, r.tags) for r in found] == [("d1", None)]
-    found = await _list(resources.list_by_resource_group("farshore-dr", filter="tagName eq 'plan' and tagValue eq 'it''s'"))
+    found = await _list(
+        resources.list_by_resource_group("farshore-dr", filter="tagName eq 'plan' and tagValue eq 'it''s'")
+    )
     assert [r.name for r in found] == ["d1"]
-    everything = await _list(resources.list_by_resource_group("farshore-dr", expand="createdTime,provisioningState"))
+    everything = await _list(
+        resources.list_by_resource_group("farshore-dr", expand="createdTime,provisioningState")
+    )
     assert {r.name for r in everything} == {"d1", "d2", "dr-vnet", "farshorelab"}
     assert all(r.created_time and r.provisioning_state == "Succeeded" for r in everything)
     assert {r.name: r.tags for r in everything}["d1"] == tags
@@ -82,12 +90,18 @@ async def test_lists_come_in_pages(azure) -> None:
 async def test_tags_merge_replace_and_vanish_at_a_scope(azure) -> None:
     disk = await azure.disk("d1")
     tags = azure.resources.tags
-    await (await tags.begin_create_or_update_at_scope(disk.id, {"properties": {"tags": {"a": "1", "b": "2"}}})).result()
     await (
-        await tags.begin_update_at_scope(disk.id, {"operation": "Merge", "properties": {"tags": {"b": "3", "c": "4"}}})
+        await tags.begin_create_or_update_at_scope(disk.id, {"properties": {"tags": {"a": "1", "b": "2"}}})
+    ).result()
+    await (
+        await tags.begin_update_at_scope(
+            disk.id, {"operation": "Merge", "properties": {"tags": {"b": "3", "c": "4"}}}
+        )
     ).result()
     assert (await azure.compute.disks.get("farshore-dr", "d1")).tags == {"a": "1", "b": "3", "c": "4"}
-    await (await tags.begin_update_at_scope(disk.id, {"operation": "Delete", "properties": {"tags": {"a": "1"}}})).result()
+    await (
+        await tags.begin_update_at_scope(disk.id, {"operation": "Delete", "properties": {"tags": {"a": "1"}}})
+    ).result()
     assert (await tags.get_at_scope(disk.id)).properties.tags == {"b": "3", "c": "4"}
     await (await tags.begin_delete_at_scope(disk.id)).result()
     assert not (await tags.get_at_scope(disk.id)).properties.tags
@@ -108,8 +122,8 @@ async def test_an_unregistered_provider_refuses_until_it_is_registered(azure) ->
 async def test_existence_by_id_is_a_head(azure) -> None:
     disk = await azure.disk("d1")
     check = azure.resources.resources.check_existence_by_id
-    assert await check(disk.id.upper(), "2026-03-02")
-    assert not await check(disk.id + "x", "2026-03-02")
+    assert await check(disk.id.upper(), api_version="2026-03-02")
+    assert not await check(disk.id + "x", api_version="2026-03-02")
 
 
 @pytest.mark.parametrize(
@@ -117,10 +131,30 @@ async def test_existence_by_id_is_a_head(azure) -> None:
     [
         ("/resourcegroups/farshore-dr", "2020-01-01", "InvalidApiVersionParameter", 400),
         ("/resourcegroups/farshore-dr", None, "MissingApiVersionParameter", 400),
-        ("/resourceGroups/farshore-dr/providers/Microsoft.Compute/disks/d", "2019-01-01", "NoRegisteredProviderFound", 400),
-        ("/resourceGroups/farshore-dr/providers/Microsoft.Compute/disks/d", "2026-03-02", "ResourceNotFound", 404),
-        ("/resourceGroups/nowhere/providers/Microsoft.Compute/disks/d", "2026-03-02", "ResourceGroupNotFound", 404),
-        ("/resourceGroups/farshore-dr/providers/Microsoft.Compute/teapots/d", "2026-03-02", "InvalidResourceType", 404),
+        (
+            "/resourceGroups/farshore-dr/providers/Microsoft.Compute/disks/d",
+            "2019-01-01",
+            "NoRegisteredProviderFound",
+            400,
+        ),
+        (
+            "/resourceGroups/farshore-dr/providers/Microsoft.Compute/disks/d",
+            "2026-03-02",
+            "ResourceNotFound",
+            404,
+        ),
+        (
+            "/resourceGroups/nowhere/providers/Microsoft.Compute/disks/d",
+            "2026-03-02",
+            "ResourceGroupNotFound",
+            404,
+        ),
+        (
+            "/resourceGroups/farshore-dr/providers/Microsoft.Compute/teapots/d",
+            "2026-03-02",
+            "InvalidResourceType",
+            404,
+        ),
     ],
 )
 async def test_wrong_versions_and_paths_have_arms_errors(azure, path, version, code, status) -> None:
@@ -128,5 +162,5 @@ async def test_wrong_versions_and_paths_have_arms_errors(azure, path, version, c
 
     url = f"/subscriptions/{azure.lab.subscription}{path}"
     request = HttpRequest("GET", url, params={"api-version": version} if version else {})
-    answer = await azure.compute._send_request(request)
+    answer = await azure.compute.send_request(request)
     assert (answer.status_code, answer.json()["error"]["code"]) == (status, code)

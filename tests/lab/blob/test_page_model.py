@@ -109,8 +109,8 @@ class PageBlobs(RuleBasedStateMachine):
         self.store.put_pages(C, NAME, start * PAGE, body)
         for i in range(length):
             self.base.data[start + i] = body[i * PAGE : (i + 1) * PAGE]
-            for pages in self.touched.values():
-                pages.add(start + i)
+            for touched in self.touched.values():
+                touched.add(start + i)
 
     @precondition(lambda self: self.base.pages > 0)
     @rule(data=st.data())
@@ -141,6 +141,20 @@ class PageBlobs(RuleBasedStateMachine):
         snap = self.snaps.pop(data.draw(st.integers(0, len(self.snaps) - 1)))
         self.store.delete(C, NAME, snap.id)
         self.touched.pop(snap.id, None)
+
+    @precondition(lambda self: len(self.snaps) > 2)
+    @rule()
+    def delete_all_snapshots(self) -> None:
+        self.store.delete(C, NAME, snapshots="only")
+        self.snaps, self.touched = [], {}
+
+    @precondition(lambda self: len(self.snaps) > 1)
+    @rule(data=st.data())
+    def die_between_a_row_and_its_bytes(self, data) -> None:
+        snap = self.snaps.pop(data.draw(st.integers(0, len(self.snaps) - 1)))
+        self.touched.pop(snap.id, None)
+        self.store.catalog.delete_blob(self.store.need_blob(C, NAME, snap.id))
+        self.restart()
 
     @precondition(lambda self: self.count > 4 * (self.life + 1))  # seldom: it ends all differences
     @rule(pages=st.integers(0, MAX_PAGES))
@@ -229,6 +243,7 @@ TestManyPageBlobs = pytest.mark.slow(ManyPageBlobs.TestCase)
     ("method", "sound", "broken"),
     [
         ("apply", "loose.difference_update(v.slot for v in versions)", "pass"),
+        ("plan_drop", "if gen < v.gen <= heir", "if v.gen == heir"),
         ("plan_drop", "written=theirs.written | mine.written", "written=theirs.written"),
         ("plan_clear", "if not valid and alone:", "if not valid and old.gen == gen:"),
         ("plan_write", "(old.valid & ~mask) if old else 0", "0"),

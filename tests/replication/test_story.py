@@ -1,0 +1,321 @@
+"""Any story of writes, cycles, crashes, power cuts, removals and changes of disks leaves only true points."""
+
+from __future__ import annotations
+
+import contextlib
+import random
+from collections.abc import Callable
+
+import pytest
+from hypothesis import HealthCheck, Phase, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule, run_state_machine_as_test
+
+from farshore.domain.errors import Code, FarshoreError
+from farshore.domain.points import Consistency
+from farshore.replication import engine, log, replica
+from farshore.replication.engine import Pace, run_cycle
+from farshore.replication.ports import LEAF, Frozen, Leftover
+from farshore.replication.replica import BackendStore
+from farshore.replication.verify import verify_point
+
+from .fakes import Crash, MemoryBackend, ModelCut, ModelSource, Through, pattern
+
+PACE = Pace(workers=2, piece=2 * LEAF, window=4 * LEAF, poll=0.05)
+KEYS = ["2000", "2001"]
+TAILS = [0, 512, 33 * 512]
+
+
+class Story(RuleBasedStateMachine):
+    """The model is the source's memory of each cut."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.backend = MemoryBackend()
+        self.source = ModelSource()
+        self.acknowledged: set[str] = set()
+        self.maybe_removed: set[str] = set()
+        self.held: dict[str, set[str]] = {}
+        self.now = 1000.0
+
+    def store(self) -> BackendStore:
+        """A new process: nothing but the backend survives."""
+        return BackendStore(Through(self.backend, lambda *_: self.source.fuse.burn()), clock=lambda: self.now)
+
+    def attempt(self, fuse: int | None, after: bool, power: int | None, work: Callable[[], None]) -> None:
+        self.now += 1
+        self.source.fuse.arm(fuse, after=after)
+        with contextlib.suppress(Crash):
+            work()
+        if self.source.fuse.dead and power is not None:
+            self.backend.power_cut(random.Random(power))
+        self.source.fuse.arm(None)
+
+    @initialize(leaves=st.integers(1, 9), tail=st.sampled_from(TAILS))
+    def first_disk(self, leaves: int, tail: int) -> None:
+        self.source.add("2000", leaves, tail)
+
+    @rule(key=st.sampled_from(KEYS), leaf=st.integers(0, 9), content=st.integers(0, 2))
+    def guest_writes(self, key: str, leaf: int, content: int) -> None:
+        disk = self.source.machine.get(key)
+        if disk is not None and leaf * LEAF < len(disk.content):
+            self.source.write(key, leaf, pattern(content))
+
+    @rule(
+        fuse=st.none() | st.integers(1, 60),
+        after=st.booleans(),
+        power=st.none() | st.integers(0, 99),
+        cycles=st.integers(1, 2),
+        resync=st.booleans(),
+        stop=st.none() | st.integers(1, 8),
+    )
+    def replicate(self, fuse, after, power, cycles, resync, stop) -> None:
+        looks = iter(range(1000))
+
+        def work() -> None:
+            writer = self.store().acquire("vm", "me")
+            self.source.reap()
+            for number in range(cycles):
+                with contextlib.suppress(engine.Stopped):
+                    result = run_cycle(
+                        self.source,
+                        writer,
+                        machine="vm",
+                        want=Consistency.CRASH,
+                        resync=resync and number == 0,
+                        pace=PACE,
+                        should_stop=(lambda: next(looks) >= stop) if stop else engine.never,
+                    )
+                    self.acknowledged.add(result.point.id)
+
+        self.attempt(fuse, after, power, work)
+
+    @rule(choice=st.randoms(use_true_random=False), fuse=st.none() | st.integers(1, 25), after=st.booleans())
+    def prune(self, choice: random.Random, fuse, after) -> None:
+        def work() -> None:
+            writer = self.store().acquire("vm", "me")
+            victims = [point for point in writer.points()[:-1] if choice.random() < 0.5]
+            free = {point.id for point in victims if not self.held.get(point.id)}
+            self.maybe_removed |= free
+            removed = writer.remove_points([point.cycle for point in victims])
+            assert removed == [point.cycle for point in victims if point.id in free]
+
+        self.attempt(fuse, after, None, work)
+
+    @rule(choice=st.randoms(use_true_random=False), fuse=st.none() | st.integers(1, 30))
+    def keep_only(self, choice: random.Random, fuse) -> None:
+        points = self.store().points("vm")
+        if points:
+            kept = choice.choice(points)
+            self.maybe_removed |= {p.id for p in points if p.id != kept.id and not self.held.get(p.id)}
+            self.attempt(fuse, False, None, lambda: self.store().keep_only("vm", kept.id) and None)
+
+    @rule(choice=st.randoms(use_true_random=False), holder=st.sampled_from(["run-1", "run-2"]))
+    def hold(self, choice: random.Random, holder: str) -> None:
+        points = self.store().points("vm")
+        if points:
+            point = choice.choice(points).id
+            self.store().hold("vm", point, holder)
+            self.held.setdefault(point, set()).add(holder)
+
+    @rule(holder=st.sampled_from(["run-1", "run-2"]))
+    def give_back(self, holder: str) -> None:
+        self.store().release("vm", holder)
+        for holders in self.held.values():
+            holders.discard(holder)
+
+    @rule(leaves=st.integers(1, 9), tail=st.sampled_from(TAILS))
+    def second_disk(self, leaves: int, tail: int) -> None:
+        if "2001" not in self.source.machine:
+            self.source.add("2001", leaves, tail, identity=f"at {self.source.sequence}")
+
+    @precondition(lambda self: "2001" in self.source.machine)
+    @rule()
+    def remove_disk(self) -> None:
+        del self.source.machine["2001"]
+
+    @rule(key=st.sampled_from(KEYS), leaves=st.integers(1, 9), tail=st.sampled_from(TAILS))
+    def resize(self, key: str, leaves: int, tail: int) -> None:
+        if key in self.source.machine:
+            self.source.resize(key, leaves, tail)
+
+    @rule(key=st.sampled_from(KEYS))
+    def lose_tracking(self, key: str) -> None:
+        if key in self.source.machine:
+            self.source.reset_tracking(key)
+
+    @rule(which=st.integers(0, 3))
+    def damage_leaf_table(self, which: int) -> None:
+        """Somebody flips a byte of the live table: no point may become wrong by it."""
+        image = self.backend.store.get("vm/d/2000.leaves")
+        if image is not None and self.settled():
+            at = which * 16 % len(image.now)
+            image.now[at] ^= 1
+            image.durable[at] ^= 1
+
+    def settled(self) -> bool:
+        return not any("/w/" in name for name in self.backend.objects)
+
+    @invariant()
+    def every_listed_point_is_true(self) -> None:
+        store = self.store()
+        points = store.points("vm")
+        listed = {point.id for point in points}
+        missing = self.acknowledged - listed - self.maybe_removed
+        assert not missing, f"acknowledged points vanished: {missing}"
+        assert all(holders <= set() or point in listed for point, holders in self.held.items()), "a held point vanished"
+        assert [p.taken_at for p in points] == sorted(p.taken_at for p in points)
+        for point in points:
+            manifest = store.manifest("vm", point.id)
+            truth = self.source.history[manifest.cut]
+            assert {disk.state.key for disk in manifest.disks} == set(truth)
+            for disk in manifest.disks:
+                reader = store.read_point("vm", point.id, disk.state.key)
+                assert reader.read(0, reader.size) == truth[disk.state.key], f"{point.id} {disk.state.key}"
+            verify_point(store, "vm", point.id)
+
+    def teardown(self) -> None:
+        """After all of it one more cycle works, and nothing is left behind."""
+        if not self.source.machine:
+            return
+        self.replicate(None, False, None, 2, False, None)
+        self.every_listed_point_is_true()
+        store = self.store()
+        writer = store.acquire("vm", "last")
+        named = {t for m, _ in writer.log.read().points for d in m.disks for t in (d.snapshot, d.leaves)}
+        kept = {f"{image.name}@{s.id}" for image in self.backend.images("vm/") for s in image.snapshots}
+        assert kept == named, "orphans, or points without bytes"
+        store.remove_machine("vm")
+        assert not self.backend.objects and not self.backend.store
+
+
+def run(examples: int, phases: tuple[Phase, ...] = (Phase.explicit, Phase.generate, Phase.shrink)) -> None:
+    run_state_machine_as_test(
+        Story,
+        settings=settings(
+            max_examples=examples,
+            stateful_step_count=25,
+            deadline=None,
+            phases=phases,
+            suppress_health_check=list(HealthCheck),
+            database=None,
+            print_blob=False,
+        ),
+    )
+
+
+def test_every_story_leaves_only_true_points() -> None:
+    run(60)
+
+
+@pytest.mark.slow
+def test_many_stories_leave_only_true_points() -> None:
+    run(1500)
+
+
+def no_windows(patch: pytest.MonkeyPatch) -> None:
+    """What a dead cycle touched is forgotten."""
+    patch.setattr(replica._Disk, "intend", lambda self, extents: None)
+
+
+def trusted_torn_table(patch: pytest.MonkeyPatch) -> None:
+    """The leaf table is believed where a cycle died."""
+    real = replica._Disk.leftover
+    patch.setattr(replica._Disk, "leftover", lambda self: Leftover(real(self).touched, (), real(self).strayed))
+
+
+def settled_before_flush(patch: pytest.MonkeyPatch) -> None:
+    """A window is closed although its data may still get lost."""
+    patch.setattr(replica._Disk, "flush", lambda self: None)
+
+
+def commit_before_freeze(patch: pytest.MonkeyPatch) -> None:
+    """The manifest names frozen disks that are only frozen afterwards."""
+    real_commit = replica.BackendWriter.commit
+
+    def freeze(self, cycle: int, disk_key: str) -> Frozen:
+        disk, table = self.images_of(disk_key)
+        return Frozen(f"{disk}@{cycle:010d}-{self.epoch}", f"{table}@{cycle:010d}-{self.epoch}")
+
+    def commit(self, manifest):
+        disks = dict(self._disks)
+        point = real_commit(self, manifest)
+        for disk in disks.values():
+            disk.freeze(manifest.cycle)
+        return point
+
+    patch.setattr(replica.BackendWriter, "freeze", freeze)
+    patch.setattr(replica.BackendWriter, "commit", commit)
+
+
+def tracker_advanced_before_commit(patch: pytest.MonkeyPatch) -> None:
+    """The next cycle starts from the last cut, committed or not."""
+    real = ModelCut.changed
+    last: dict[tuple[int, str], object] = {}
+
+    def changed(self, disk_key, since):
+        known = last.get((id(self._source), disk_key))
+        last[id(self._source), disk_key] = next(disk for disk in self.disks if disk.key == disk_key)
+        return real(self, disk_key, known if since is not None and known is not None else since)
+
+    patch.setattr(ModelCut, "changed", changed)
+
+
+def bytes_before_manifest(patch: pytest.MonkeyPatch) -> None:
+    """A removal deletes the frozen disks first, and nothing says so beforehand."""
+    patch.setattr(log.Log, "doom", lambda self, name, cycles: (sorted(cycles), self.read()))
+
+    def delete(backend, its_log, view, cycles):
+        for manifest, _ in view.points:
+            if manifest.cycle in cycles:
+                for disk in manifest.disks:
+                    backend.drop(*replica.parse_handle(disk.snapshot))
+                its_log.delete(manifest.cycle)
+
+    patch.setattr(replica, "_delete_points", delete)
+
+
+def removal_ignores_holds(patch: pytest.MonkeyPatch) -> None:
+    """A removal does not look whether somebody uses the point."""
+    real = log.Log.doom
+    patch.setattr(log.Log, "doom", lambda self, name, cycles: (sorted(cycles), real(self, name, cycles)[1]))
+
+
+def returning_disk_believed_empty(patch: pytest.MonkeyPatch) -> None:
+    """A disk without a committed state is taken for a new one."""
+    patch.setattr(engine.leaves, "written", lambda table, size: iter(()))
+    patch.setattr(replica.BackendWriter, "_tidy_windows", lambda self: {"2001", "2000"})
+
+
+def table_never_checked(patch: pytest.MonkeyPatch) -> None:
+    """A leaf table that was changed by somebody is believed."""
+    real = replica._Disk.leftover
+    patch.setattr(replica._Disk, "leftover", lambda self: Leftover(real(self).touched, real(self).torn))
+
+
+def table_kept_after_failure(patch: pytest.MonkeyPatch) -> None:
+    """After a stopped cycle the writer goes on with what it holds in memory."""
+    patch.setattr(replica.BackendWriter, "forget", lambda self: None)
+
+
+MUTANTS = [
+    no_windows,
+    trusted_torn_table,
+    settled_before_flush,
+    commit_before_freeze,
+    tracker_advanced_before_commit,
+    bytes_before_manifest,
+    removal_ignores_holds,
+    returning_disk_believed_empty,
+    table_never_checked,
+    table_kept_after_failure,
+]
+
+
+@pytest.mark.parametrize("mutant", MUTANTS, ids=lambda mutant: mutant.__name__)
+def test_the_stories_catch(mutant: Callable[[pytest.MonkeyPatch], None], monkeypatch: pytest.MonkeyPatch) -> None:
+    mutant(monkeypatch)
+    with pytest.raises((AssertionError, FarshoreError, ExceptionGroup)) as caught:
+        run(1500, phases=(Phase.generate,))
+    if isinstance(caught.value, FarshoreError):
+        assert caught.value.code is Code.REPLICA_DAMAGED
