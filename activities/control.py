@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Protocol
 
 from temporalio import activity
-from temporalio.client import Client, WorkflowExecutionStatus, WorkflowUpdateFailedError
+from temporalio.client import Client, WorkflowUpdateFailedError
 from temporalio.common import (
     SearchAttributePair,
     TypedSearchAttributes,
@@ -43,7 +43,9 @@ class Directory(Protocol):
 class ControlActivities:
     """Bound to the Temporal client, the plans folder and the directory of sites."""
 
-    def __init__(self, client: Client, plans: Path, directory: Directory, *, leg_seconds: float = 3600.0) -> None:
+    def __init__(
+        self, client: Client, plans: Path, directory: Directory, *, leg_seconds: float = 3600.0
+    ) -> None:
         self._client = client
         self._plans = plans
         self._directory = directory
@@ -119,7 +121,9 @@ class ControlActivities:
                 raise FarshoreError(
                     Code.MACHINE_NOT_PROTECTED, f"{call.machine} is not protected.", subject=call.machine
                 ) from None
-            raise FarshoreError(Code.TEMPORAL_UNREACHABLE, f"Temporal answered {error.status.name}.") from error
+            raise FarshoreError(
+                Code.TEMPORAL_UNREACHABLE, f"Temporal answered {error.status.name}."
+            ) from error
 
     async def _is_running(self, run: str) -> bool:
         try:
@@ -128,7 +132,7 @@ class ControlActivities:
             if error.status is RPCStatusCode.NOT_FOUND:
                 return False
             raise
-        return description.status in (WorkflowExecutionStatus.RUNNING, WorkflowExecutionStatus.PAUSED)
+        return description.close_time is None
 
     @activity.defn(name=s.MACHINE_STATUS.name)
     async def machine_status(self, call: m.StatusCall) -> m.StatusList:

@@ -46,14 +46,22 @@ HEARTBEAT = 15.0
 
 CONTROL = Rules(start_to_close=30, schedule_to_close=600, longest_retry=10)
 SCRIPT = Rules(start_to_close=6 * 3600, heartbeat=HEARTBEAT, attempts=1)
-SOURCE = Rules(start_to_close=3600, heartbeat=HEARTBEAT, schedule_to_start=120, schedule_to_close=7200, attempts=6)
+SOURCE = Rules(
+    start_to_close=3600, heartbeat=HEARTBEAT, schedule_to_start=120, schedule_to_close=7200, attempts=6
+)
 SOURCE_BEST_EFFORT = Rules(
     start_to_close=900, heartbeat=HEARTBEAT, schedule_to_start=15, schedule_to_close=900, attempts=2
 )
 TARGET = Rules(
-    start_to_close=4 * 3600, heartbeat=HEARTBEAT, schedule_to_start=600, schedule_to_close=6 * 3600, longest_retry=20
+    start_to_close=4 * 3600,
+    heartbeat=HEARTBEAT,
+    schedule_to_start=600,
+    schedule_to_close=6 * 3600,
+    longest_retry=20,
 )
-STORE = Rules(start_to_close=600, heartbeat=HEARTBEAT, schedule_to_start=600, schedule_to_close=1800, longest_retry=20)
+STORE = Rules(
+    start_to_close=600, heartbeat=HEARTBEAT, schedule_to_start=600, schedule_to_close=1800, longest_retry=20
+)
 LEG = Rules(start_to_close=2 * 3600, heartbeat=20, schedule_to_start=60, first_retry=2, attempts=3)
 
 
@@ -68,7 +76,9 @@ class Step(Generic[In, Out]):
 
 
 LOAD_PLAN = Step("load_plan", m.LoadPlan, m.PinnedPlan, CONTROL)
-UPDATE_MACHINE = Step("update_machine", m.UpdateCall, MachineStatus, Rules(120, schedule_to_close=1800, longest_retry=10))
+UPDATE_MACHINE = Step(
+    "update_machine", m.UpdateCall, MachineStatus, Rules(120, schedule_to_close=1800, longest_retry=10)
+)
 START_PROTECTION = Step("start_protection", m.StartProtection, MachineStatus, CONTROL)
 MACHINE_STATUS = Step("machine_status", m.StatusCall, m.StatusList, CONTROL)
 READ_SCRIPT = Step("read_script", m.ReadScript, str, CONTROL)
@@ -97,7 +107,9 @@ CREATE_MACHINE = Step("create_machine", m.MachineCall, m.ResourceView, TARGET)
 WAIT_UNTIL_RUNNING = Step("wait_until_running", m.WaitRunningCall, m.RunningReport, TARGET)
 FIND_MACHINE = Step("find_machine", m.OwnedCall, m.ResourceView, TARGET)
 REMOVE_RESOURCES = Step("remove_resources", m.RemoveCall, m.RemoveReport, TARGET)
-RUN_GUEST_SCRIPT = Step("run_guest_script", m.GuestScriptCall, m.ScriptOutput, Rules(6 * 3600, HEARTBEAT, attempts=1))
+RUN_GUEST_SCRIPT = Step(
+    "run_guest_script", m.GuestScriptCall, m.ScriptOutput, Rules(6 * 3600, HEARTBEAT, attempts=1)
+)
 
 STEPS = tuple(value for value in list(globals().values()) if isinstance(value, Step))
 """Every step; a test finds an implementation with the same types for each."""

@@ -125,7 +125,11 @@ class SourceActivities:
                     store = self._sites.target(spec.target_site).open_store()
                     try:
                         return run_leg(
-                            source, store, plan, progress=lambda p: beat.note(_progress(p)), should_stop=should_stop
+                            source,
+                            store,
+                            plan,
+                            progress=lambda p: beat.note(_progress(p)),
+                            should_stop=should_stop,
                         )
                     finally:
                         store.close()

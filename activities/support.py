@@ -87,6 +87,8 @@ async def in_thread(work: Callable[[Callable[[], bool]], T]) -> T:
         return await asyncio.shield(task)
     except asyncio.CancelledError:
         stop.set()
-        with contextlib.suppress(Exception):  # the cancellation is what counts; the work's own error is logged there
+        with contextlib.suppress(
+            Exception
+        ):  # the cancellation is what counts; the work's own error is logged there
             await task
         raise

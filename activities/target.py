@@ -41,7 +41,9 @@ class TargetActivities:
         async with beating():
             findings = await self._sites.target(call.site).check(specs, purpose=purpose(call.test))
         return [
-            m.FindingView(severity=f.severity.value, code=f.code, subject=f.subject, message=f.message, action=f.action)
+            m.FindingView(
+                severity=f.severity.value, code=f.code, subject=f.subject, message=f.message, action=f.action
+            )
             for f in findings
             if f.severity is not Severity.INFO
         ]
@@ -142,7 +144,9 @@ class TargetActivities:
                 digest=point.digest,
                 point=call.point,
             )
-            made = await site.create_disk(owner(call), spec, request, resume=beat.resume, checkpoint=beat.checkpoint)
+            made = await site.create_disk(
+                owner(call), spec, request, resume=beat.resume, checkpoint=beat.checkpoint
+            )
         return resource_view(made)
 
     @activity.defn(name=s.CREATE_NIC.name)
@@ -197,12 +201,17 @@ class TargetActivities:
         """The recovered machine, by its tags."""
         site = self._sites.target(call.site)
         async with beating():
-            found = await site.list_resources(plan=call.plan, machine=call.machine, purpose=purpose(call.test))
+            found = await site.list_resources(
+                plan=call.plan, machine=call.machine, purpose=purpose(call.test)
+            )
         for one in found:
             if one.kind == "machine":
                 return resource_view(one)
         raise FarshoreError(
-            Code.MACHINE_NOT_RUNNING, f"{call.machine} has no recovered machine.", subject=call.machine, retryable=False
+            Code.MACHINE_NOT_RUNNING,
+            f"{call.machine} has no recovered machine.",
+            subject=call.machine,
+            retryable=False,
         )
 
     @activity.defn(name=s.REMOVE_RESOURCES.name)
@@ -232,7 +241,9 @@ class TargetActivities:
             done = await self._sites.target(call.site).run_script(
                 resource(call.resource), text, timeout=call.timeout, checkpoint=beat.checkpoint
             )
-        return m.ScriptOutput(exit_code=done.exit_code, stdout=done.stdout[-4000:], stderr=done.stderr[-4000:])
+        return m.ScriptOutput(
+            exit_code=done.exit_code, stdout=done.stdout[-4000:], stderr=done.stderr[-4000:]
+        )
 
     # -- stores ---------------------------------------------------------------------------------------------------
 

@@ -104,17 +104,23 @@ class FarshoreClient:
     @classmethod
     async def connect(cls, address: str, *, namespace: str = "default", **options: Any) -> Self:
         """Connect with our converter. `options` go to temporalio's Client.connect (tls, api_key, …)."""
-        return cls(await Client.connect(address, namespace=namespace, data_converter=data_converter, **options))
+        return cls(
+            await Client.connect(address, namespace=namespace, data_converter=data_converter, **options)
+        )
 
     async def failover(self, ask: FailoverInput, *, id: str | None = None) -> Run:
         """Start a run of a plan. With an `id` of your own the start is idempotent."""
         title = f"{ask.kind.value} of {ask.plan}"
-        return await self._start(names.FAILOVER, ask, id or names.run_id(ask.plan, ask.kind.value, _stamp()), title)
+        return await self._start(
+            names.FAILOVER, ask, id or names.run_id(ask.plan, ask.kind.value, _stamp()), title
+        )
 
     async def protection(self, ask: ProtectionInput, *, id: str | None = None) -> Run:
         """Protect or disable a plan's machines."""
         title = f"{ask.kind.value} {ask.plan}"
-        return await self._start(names.PROTECTION, ask, id or names.run_id(ask.plan, ask.kind.value, _stamp()), title)
+        return await self._start(
+            names.PROTECTION, ask, id or names.run_id(ask.plan, ask.kind.value, _stamp()), title
+        )
 
     async def points(self, ask: PointsInput) -> list[PointView]:
         """Recovery points, newest first, machine by machine."""

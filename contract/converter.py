@@ -85,7 +85,9 @@ _OURS = {code.value for code in Code} - {Code.INTERNAL.value}
 class FarshoreFailureConverter(DefaultFailureConverter):
     """Leaves the stack trace out of errors that are ours, in the whole chain of causes."""
 
-    def to_failure(self, exception: BaseException, payload_converter: PayloadConverter, failure: Failure) -> None:
+    def to_failure(
+        self, exception: BaseException, payload_converter: PayloadConverter, failure: Failure
+    ) -> None:
         super().to_failure(exception, payload_converter, failure)
         link = failure
         seen_ours = False

@@ -39,7 +39,9 @@ def view_to_application_error(view: ErrorView) -> ApplicationError:
     )
 
 
-def error_view(error: BaseException, *, subject: str = "", unreachable: Code = Code.SOURCE_UNREACHABLE) -> ErrorView:
+def error_view(
+    error: BaseException, *, subject: str = "", unreachable: Code = Code.SOURCE_UNREACHABLE
+) -> ErrorView:
     """What a failed step, child or update means to a person. `unreachable` names the side whose worker was awaited."""
     link: BaseException | None = error
     while link is not None:
@@ -53,7 +55,9 @@ def error_view(error: BaseException, *, subject: str = "", unreachable: Code = C
             return _plain(code, link.message, subject)
         if isinstance(link, TimeoutError):
             if link.type is TimeoutType.SCHEDULE_TO_START:
-                return _plain(unreachable, f"No worker took the step for {subject or 'the site'} in time.", subject)
+                return _plain(
+                    unreachable, f"No worker took the step for {subject or 'the site'} in time.", subject
+                )
             what = "answer" if link.type is TimeoutType.HEARTBEAT else "finish the step"
             return _plain(unreachable, f"The worker did not {what} in time.", subject)
         if isinstance(link, (CancelledError, TerminatedError)):

@@ -58,10 +58,13 @@ class FailoverInput(Message):
         default="latest",
         description="latest, latest-processed, latest-app-consistent, latest-crash-consistent; a point id if the run has one machine",
     )
-    points: dict[str, str] = Field(default_factory=dict, description="a point for single machines: {machine: point id or choice}")
+    points: dict[str, str] = Field(
+        default_factory=dict, description="a point for single machines: {machine: point id or choice}"
+    )
     shutdown: bool = Field(default=True, description="unplanned: try to shut the source down first")
     break_glass: tuple[Confirmation, ...] = Field(
-        default=(), description="unplanned, source not provably off: two different people confirm that it cannot come back"
+        default=(),
+        description="unplanned, source not provably off: two different people confirm that it cannot come back",
     )
     accept_data_loss: bool = Field(
         default=False, description="change-point after a planned failover: give up its zero loss"

@@ -174,7 +174,10 @@ class Stack:
 
         def answers() -> bool:
             self._must_live(process)
-            with contextlib.suppress(OSError), urllib.request.urlopen(f"{self.ui}/api/v1/namespaces", timeout=2):
+            with (
+                contextlib.suppress(OSError),
+                urllib.request.urlopen(f"{self.ui}/api/v1/namespaces", timeout=2),
+            ):
                 return True
             return False
 
@@ -272,13 +275,22 @@ polling_interval = 1.0
 
     def environment(self) -> dict[str, str]:
         """Environment of every process: nothing of the caller's that could lead off this machine."""
-        keep = {k: v for k, v in os.environ.items() if k in ("PATH", "HOME", "LANG", "TMPDIR", "OPENBLAS_CORETYPE")}
+        keep = {
+            k: v
+            for k, v in os.environ.items()
+            if k in ("PATH", "HOME", "LANG", "TMPDIR", "OPENBLAS_CORETYPE")
+        }
         return keep | {"FARSHORE_SETTINGS": str(self.settings), "PYTHONUNBUFFERED": "1", "COLUMNS": "160"}
 
     def run(self, *arguments: str, timeout: float = 300.0) -> subprocess.CompletedProcess[str]:
         """Run `farshore …` to its end."""
         return subprocess.run(
-            self.farshore(*arguments), env=self.environment(), capture_output=True, text=True, timeout=timeout, check=False
+            self.farshore(*arguments),
+            env=self.environment(),
+            capture_output=True,
+            text=True,
+            timeout=timeout,
+            check=False,
         )
 
     def spawn(self, name: str, command: Sequence[str], *, piped: bool = False) -> Process:

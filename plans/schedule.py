@@ -15,6 +15,11 @@ from farshore.plans.model import KINDS, BootGroup, ManualAction, Plan, ScriptAct
 GROUP_SIZE = 50  # machines in one child workflow: more of them fight over one lock
 
 
+def batches(machines: Sequence[str], size: int = GROUP_SIZE) -> tuple[tuple[str, ...], ...]:
+    """Machines in parts of at most `size`, in order."""
+    return tuple(tuple(machines[i : i + size]) for i in range(0, len(machines), size))
+
+
 @dataclass(frozen=True, slots=True)
 class Step:
     """An action at its place. `id` is stable for a version of the plan: `boot.data.after.1`."""
@@ -34,7 +39,7 @@ class Group:
 
     def batches(self, size: int = GROUP_SIZE) -> tuple[tuple[str, ...], ...]:
         """The machines in parts of at most `size`."""
-        return tuple(self.machines[i : i + size] for i in range(0, len(self.machines), size))
+        return batches(self.machines, size)
 
 
 @dataclass(frozen=True, slots=True)

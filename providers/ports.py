@@ -230,7 +230,13 @@ class TargetSite(Protocol):
         ...
 
     async def create_disk(
-        self, owner: Owner, spec: TargetSpec, request: DiskRequest, *, resume: Mapping[str, Any], checkpoint: Checkpoint
+        self,
+        owner: Owner,
+        spec: TargetSpec,
+        request: DiskRequest,
+        *,
+        resume: Mapping[str, Any],
+        checkpoint: Checkpoint,
     ) -> Resource: ...
 
     async def create_nic(self, owner: Owner, spec: TargetSpec, index: int, nic: TargetNic) -> Resource: ...
@@ -258,7 +264,9 @@ class TargetSite(Protocol):
         self, machine: Resource, script: str, *, timeout: float, checkpoint: Checkpoint
     ) -> ScriptResult: ...
 
-    async def list_resources(self, *, plan: str = "", run: str = "", machine: str = "", purpose: Purpose) -> list[Resource]:
+    async def list_resources(
+        self, *, plan: str = "", run: str = "", machine: str = "", purpose: Purpose
+    ) -> list[Resource]:
         """What Farshore made, by tags; an empty argument matches all."""
         ...
 

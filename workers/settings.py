@@ -166,4 +166,6 @@ def secret(reference: str, what: str) -> str:
             problem = f"the file {rest} can't be read ({error.strerror})"
     else:
         problem = "it must be a reference such as env:NAME or file:PATH, not the secret itself"
-    raise FarshoreError(Code.SECRET_UNAVAILABLE, f"The secret {what} is not available: {problem}.", subject=what)
+    raise FarshoreError(
+        Code.SECRET_UNAVAILABLE, f"The secret {what} is not available: {problem}.", subject=what
+    )

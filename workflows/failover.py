@@ -37,21 +37,31 @@ with workflow.unsafe.imports_passed_through():
         RunStatus,
     )
     from farshore.domain.errors import Code, FarshoreError
-    from farshore.plans.model import BootGroup, ManualAction, Plan, ScriptAction
+    from farshore.plans.model import KINDS, BootGroup, ManualAction, Plan, ScriptAction
+    from farshore.plans.schedule import Schedule, batches, schedule
+    from farshore.plans.schedule import Step as PlanStep
     from farshore.workflows.failover_group import FailoverGroup
-    from farshore.workflows.messages import GroupReport, GroupRun, MachineReport, MachineRun, Proceed, StageOutcome
+    from farshore.workflows.messages import (
+        GroupReport,
+        GroupRun,
+        MachineReport,
+        MachineRun,
+        Proceed,
+        StageOutcome,
+    )
     from farshore.workflows.policy import machine_spec
     from farshore.workflows.stages import COURSES, Course, Order, Stage
     from farshore.workflows.steps import run_step
 
-AnyAction = ManualAction | ScriptAction
-
-SLICE = 50
-"""Machines of one FailoverGroup: wider parents fight over their own lock (measured, reference/temporal.md §4)."""
-
 _FENCE = "fence"
 _PEOPLE = 2
-_PRIORITY = {RunKind.UNPLANNED: 1, RunKind.PLANNED: 2, RunKind.CANCEL: 2, RunKind.CHANGE_POINT: 2, RunKind.COMMIT: 3}
+_PRIORITY = {
+    RunKind.UNPLANNED: 1,
+    RunKind.PLANNED: 2,
+    RunKind.CANCEL: 2,
+    RunKind.CHANGE_POINT: 2,
+    RunKind.COMMIT: 3,
+}
 
 
 class _Stop(Exception):
@@ -84,6 +94,7 @@ class Failover:
         self._started = workflow.now()
         self._plan: Plan | None = None
         self._sha = ""
+        self._schedule: Schedule | None = None
         self._phase = "starting"
         self._next = ""
         self._parts: list[_Part] = []
@@ -108,12 +119,16 @@ class Failover:
             self._rows[row.machine] = row
         self._show()
 
-    @workflow.update(description="Approve or reject what the run waits for (action: the id in the current details)")
+    @workflow.update(
+        description="Approve or reject what the run waits for (action: the id in the current details)"
+    )
     def decide(self, decision: Decision) -> str:
         record = DecisionRecord(**decision.model_dump(), at=workflow.now())
         self._answers.setdefault(decision.action, []).append(record)
         self._decisions.append(record)
-        self._say(f"{decision.by}: {decision.decision.value} {decision.action} {decision.observation}".strip())
+        self._say(
+            f"{decision.by}: {decision.decision.value} {decision.action} {decision.observation}".strip()
+        )
         pending = self._pending[decision.action]
         if decision.decision is DecisionKind.APPROVE:
             pending = pending.model_copy(update={"given": (*pending.given, decision.by)})
@@ -184,7 +199,11 @@ class Failover:
     async def run(self, ask: FailoverInput) -> RunResult:
         """Lead the run to its end. Fails with RunFailed when the kind stops at errors or nothing succeeded."""
         workflow.upsert_search_attributes(
-            [names.PLAN.value_set(ask.plan), names.KIND.value_set(ask.kind.value), names.STATE.value_set("Running")]
+            [
+                names.PLAN.value_set(ask.plan),
+                names.KIND.value_set(ask.kind.value),
+                names.STATE.value_set("Running"),
+            ]
         )
         self._enter("loading the plan")
         stopped: ErrorView | None = None
@@ -213,6 +232,8 @@ class Failover:
         )
         self._plan, self._sha = pinned.plan, pinned.sha256
         chosen = self._chosen(pinned.plan)
+        if ask.kind.value in KINDS:
+            self._schedule = schedule(pinned.plan, ask.kind.value, chosen)
         if ask.point.startswith("p-") and len(chosen) != 1:
             raise FarshoreError(
                 Code.INVALID_INPUT,
@@ -288,13 +309,19 @@ class Failover:
         chosen = set(self._chosen(pinned.plan))
         for group in pinned.plan.boot:
             members = [name for name in group.machines if name in chosen]
-            for index, slice_ in enumerate(_slices(members, SLICE)):
-                part = group.group if len(members) <= SLICE else f"{group.group}-{index + 1}"
+            slices = batches(members)
+            for index, slice_ in enumerate(slices):
+                part = group.group if len(slices) == 1 else f"{group.group}-{index + 1}"
                 runs = tuple(self._machine_run(pinned, name, group, network) for name in slice_)
                 handle = await workflow.start_child_workflow(
                     FailoverGroup.run,
                     GroupRun(
-                        run=self._id, kind=self._ask.kind, plan=self._ask.plan, group=group.group, part=part, machines=runs
+                        run=self._id,
+                        kind=self._ask.kind,
+                        plan=self._ask.plan,
+                        group=group.group,
+                        part=part,
+                        machines=runs,
                     ),
                     id=f"{self._id}/group/{part}",
                     static_summary=f"{self._course.title}: group {part}, {len(runs)} machines",
@@ -330,24 +357,29 @@ class Failover:
 
     async def _stage(self, pinned: m.PinnedPlan, stage: Stage, network: str) -> None:
         plan = pinned.plan
-        fences = await self._fences() if stage.name == "failover" and self._ask.kind is RunKind.UNPLANNED else ()
+        fences = (
+            await self._fences() if stage.name == "failover" and self._ask.kind is RunKind.UNPLANNED else ()
+        )
         shutdown = stage.name == "shutdown"
-        if shutdown:
-            await self._run_actions(pinned, plan.shutdown.before, "shutdown, before", network)
+        around = self._schedule
+        if shutdown and around is not None:
+            await self._run_actions(pinned, around.shutdown_before)
         order = stage.order
         if shutdown and order is Order.REVERSE and plan.shutdown.order == "parallel":
             order = Order.TOGETHER
         for group, parts in self._in_order(plan, order):
-            boots = stage.name == "boot" and group is not None
-            if boots and group is not None:
-                await self._run_actions(pinned, group.before, f"group {group.group}, before", network)
+            boots = None
+            if stage.name == "boot" and group is not None and around is not None:
+                boots = next((g for g in around.boot if g.name == group.group), None)
+            if boots is not None:
+                await self._run_actions(pinned, boots.before)
             where = f" — group {group.group}" if group is not None else ""
             self._enter(f"{stage.title}{where}")
             await self._lead(stage, parts, Proceed(stage=stage.name, network=network, fences=fences))
-            if boots and group is not None:
-                await self._run_actions(pinned, group.after, f"group {group.group}, after", network)
-        if shutdown:
-            await self._run_actions(pinned, plan.shutdown.after, "shutdown, after", network)
+            if boots is not None:
+                await self._run_actions(pinned, boots.after)
+        if shutdown and around is not None:
+            await self._run_actions(pinned, around.shutdown_after)
         self._must_have_work(stage)
 
     def _in_order(self, plan: Plan, order: Order) -> Iterable[tuple[BootGroup | None, list[_Part]]]:
@@ -369,8 +401,10 @@ class Failover:
             except ApplicationError:
                 workflow.logger.info("group %s had ended", part.id)
         await workflow.wait_condition(
-            lambda: self._abort is not None
-            or all((p.id, stage.name) in self._reports or p.handle.done() for p in live)
+            lambda: (
+                self._abort is not None
+                or all((p.id, stage.name) in self._reports or p.handle.done() for p in live)
+            )
         )
         self._look_for_abort()
         failed = [
@@ -384,7 +418,9 @@ class Failover:
             if row.error is not None:
                 self._errors.append(row.error)
                 self._say(f"{row.machine} failed: {row.error.message}")
-        if failed and (self._course.stops_at_error or (self._ask.kind is RunKind.TEST and stage.name == "prepare")):
+        if failed and (
+            self._course.stops_at_error or (self._ask.kind is RunKind.TEST and stage.name == "prepare")
+        ):
             first = failed[0].error or _view(Code.RUN_FAILED, failed[0].note)
             raise _Stop(first)
 
@@ -397,7 +433,11 @@ class Failover:
                 note = f"No machine of {self._ask.plan} allows this: {self._course.skip_note}."
             raise _Stop(_view(Code.OPERATION_NOT_ALLOWED, note))
         if all(row is not None and row.outcome is not StageOutcome.DONE for row in rows) and rows:
-            first = self._errors[0] if self._errors else _view(Code.RUN_FAILED, f"No machine got past {stage.name}.")
+            first = (
+                self._errors[0]
+                if self._errors
+                else _view(Code.RUN_FAILED, f"No machine got past {stage.name}.")
+            )
             raise _Stop(first)
 
     # -- fences ---------------------------------------------------------------------------------------------------
@@ -438,19 +478,18 @@ class Failover:
 
     # -- actions --------------------------------------------------------------------------------------------------
 
-    async def _run_actions(self, pinned: m.PinnedPlan, actions: Sequence[AnyAction], where: str, network: str) -> None:
-        for index, action in enumerate(actions):
-            if not action.runs_in(self._ask.kind.value):
-                continue
+    async def _run_actions(self, pinned: m.PinnedPlan, steps: Sequence[PlanStep]) -> None:
+        for step in steps:
+            action = step.action
             self._look_for_abort()
             try:
                 if isinstance(action, ManualAction):
                     await self._manual(action)
                 else:
-                    await self._script(pinned, action, f"{where} {index + 1}")
+                    await self._script(pinned, action, step.id)
             except (ActivityError, FarshoreError, _Stop) as error:
-                view = error.view if isinstance(error, _Stop) else error_view(error, subject=where)
-                self._actions.append(f"{_title(action)}: failed — {view.message}")
+                view = error.view if isinstance(error, _Stop) else error_view(error, subject=step.id)
+                self._actions.append(f"{action.title}: failed — {view.message}")
                 self._errors.append(view)
                 stops = (
                     action.stops(self._ask.kind.value)
@@ -459,9 +498,9 @@ class Failover:
                 )
                 if stops or view.code in (Code.ACTION_REJECTED, Code.RUN_ABORTED):
                     raise _Stop(view) from None
-                self._say(f"{_title(action)} failed, the run goes on: {view.message}")
+                self._say(f"{action.title} failed, the run goes on: {view.message}")
             else:
-                self._actions.append(f"{_title(action)}: done")
+                self._actions.append(f"{action.title}: done")
 
     async def _manual(self, action: ManualAction) -> None:
         key = _slug(action.manual)
@@ -474,7 +513,11 @@ class Failover:
         )
         last = answers[-1]
         if last.decision is DecisionKind.REJECT:
-            raise _Stop(_view(Code.ACTION_REJECTED, f"{last.by} rejected “{action.manual}”. {last.observation}".strip()))
+            raise _Stop(
+                _view(
+                    Code.ACTION_REJECTED, f"{last.by} rejected “{action.manual}”. {last.observation}".strip()
+                )
+            )
 
     async def _script(self, pinned: m.PinnedPlan, action: ScriptAction, where: str) -> None:
         self._enter(f"script {action.script} ({where})")
@@ -518,7 +561,9 @@ class Failover:
         if output.exit_code != 0:
             text = (output.stderr or output.stdout).strip()[-300:]
             raise FarshoreError(
-                Code.ACTION_FAILED, f"Script {action.script} ended with {output.exit_code}. {text}".strip(), subject=where
+                Code.ACTION_FAILED,
+                f"Script {action.script} ended with {output.exit_code}. {text}".strip(),
+                subject=where,
             )
         if output.stdout.strip():
             self._say(f"{action.script}: {output.stdout.strip()[-200:]}")
@@ -569,7 +614,13 @@ class Failover:
         now = workflow.now()
         until: datetime | None = now + timedelta(seconds=timeout) if timeout else None
         self._pending[key] = PendingAction(
-            action=key, title=title, instructions=instructions, since=now, until=until, needs=needs, given=given
+            action=key,
+            title=title,
+            instructions=instructions,
+            since=now,
+            until=until,
+            needs=needs,
+            given=given,
         )
         former = self._phase
         self._enter(f"waiting for a person: {title}", state="Waiting for a person")
@@ -599,7 +650,9 @@ class Failover:
         answers = self._answers.get(key, [])
         refused = next((a for a in answers if a.decision is DecisionKind.REJECT), None)
         if refused is not None and key == _FENCE:
-            raise _Stop(_view(Code.FENCE_NOT_PROVEN, f"{refused.by} did not confirm the fence. {refused.observation}"))
+            raise _Stop(
+                _view(Code.FENCE_NOT_PROVEN, f"{refused.by} did not confirm the fence. {refused.observation}")
+            )
         return answers
 
     # -- end ------------------------------------------------------------------------------------------------------
@@ -624,7 +677,9 @@ class Failover:
         workflow.upsert_search_attributes([names.STATE.value_set(result.status.value)])
         self._enter(f"ended: {result.status.value}", state=result.status.value)
         if result.status is RunStatus.FAILED:
-            view = stopped or (self._errors[0] if self._errors else _view(Code.RUN_FAILED, "No machine succeeded."))
+            view = stopped or (
+                self._errors[0] if self._errors else _view(Code.RUN_FAILED, "No machine succeeded.")
+            )
             raise self._failure(view, result)
         return result
 
@@ -649,13 +704,18 @@ class Failover:
                 view = error_view(error, subject=part.id)
                 self._errors.append(view)
                 found += [
-                    MachineResult(machine=mr.machine, outcome=Outcome.FAILED, error=view) for mr in part.machines
+                    MachineResult(machine=mr.machine, outcome=Outcome.FAILED, error=view)
+                    for mr in part.machines
                 ]
         return found
 
     async def _remove_network(self, machines: Sequence[MachineResult]) -> None:
         plan = self._plan
-        if plan is None or len(machines) != len(plan.machines) or any(r.outcome is Outcome.FAILED for r in machines):
+        if (
+            plan is None
+            or len(machines) != len(plan.machines)
+            or any(r.outcome is Outcome.FAILED for r in machines)
+        ):
             return
         self._enter("removing the test network")
         pinned_queue = self._parts[0].machines[0].spec.target_queue
@@ -743,24 +803,20 @@ class Failover:
             shown = shown or mine
             for name in shown[:10]:
                 row = self._rows.get(name)
-                text = f"{row.stage} {row.outcome.value}{f' — {row.note}' if row.note else ''}" if row else "starting"
+                text = (
+                    f"{row.stage} {row.outcome.value}{f' — {row.note}' if row.note else ''}"
+                    if row
+                    else "starting"
+                )
                 lines.append(f"    - {name}: {text}")
-            if len(shown) > 10:  # noqa: PLR2004  a screenful
+            if len(shown) > 10:
                 lines.append(f"    - … and {len(shown) - 10} more")
         lines += [f"- {line}" for line in self._log[-5:]]
         workflow.set_current_details("\n".join(lines))
 
 
-def _slices(items: Sequence[str], size: int) -> Iterable[Sequence[str]]:
-    return [items[i : i + size] for i in range(0, len(items), size)]
-
-
 def _view(code: Code, message: str) -> ErrorView:
     return ErrorView.of(FarshoreError(code, message).info)
-
-
-def _title(action: AnyAction) -> str:
-    return action.title if isinstance(action, ManualAction) else f"script {action.title}"
 
 
 def _slug(text: str) -> str:

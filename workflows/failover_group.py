@@ -28,6 +28,7 @@ class FailoverGroup:
         self._in = given
         self._words: list[Proceed] = []
         self._stop = ""
+        self._stop_passed_on = False
         self._reports: dict[str, dict[str, MachineReport]] = {}  # stage -> machine -> report
         self._ended: dict[str, MachineReport] = {}  # machines that need no more stages
         self._results: dict[str, MachineResult] = {}
@@ -54,22 +55,21 @@ class FailoverGroup:
         children = {mr.machine: await self._start(mr) for mr in given.machines}
         watchers = [asyncio.create_task(self._watch(name, child)) for name, child in children.items()]
         everyone = set(children)
-        stopped = False
-        seen = 0
         while len(self._results) < len(everyone):
             await workflow.wait_condition(
-                lambda: len(self._words) > seen
-                or (bool(self._stop) and not stopped)
-                or len(self._results) == len(everyone)
+                lambda: (
+                    len(self._words) > seen
+                    or (bool(self._stop) and not stopped)
+                    or len(self._results) == len(everyone)
+                )
             )
-            if self._stop and not stopped:
-                stopped = True
+            if self._stop and not self._stop_passed_on:
+                self._stop_passed_on = True
                 for name in sorted(everyone - set(self._results)):
                     await self._tell(children[name], "stop", self._stop)
                 continue
-            if len(self._words) > seen:
-                word = self._words[seen]
-                seen += 1
+            if self._words:
+                word = self._words.pop(0)
                 for name in sorted(everyone - set(self._ended)):
                     mine = word.model_copy(
                         update={"fences": tuple(token for token in word.fences if token.machine == name)}
@@ -80,6 +80,9 @@ class FailoverGroup:
         await asyncio.gather(*watchers)
         await workflow.wait_condition(workflow.all_handlers_finished)
         return [self._results[mr.machine] for mr in given.machines]
+
+    def _has_news(self) -> bool:
+        return bool(self._words) or (bool(self._stop) and not self._stop_passed_on)
 
     def _all_reported(self, stage: str, everyone: set[str]) -> bool:
         there = self._reports.get(stage, {})
@@ -107,9 +110,14 @@ class FailoverGroup:
             result = await child
         except ChildWorkflowError as error:
             view = error_view(error, subject=name)
-            result = MachineResult(machine=name, outcome=Outcome.FAILED, error=view, note="its workflow was ended")
+            result = MachineResult(
+                machine=name, outcome=Outcome.FAILED, error=view, note="its workflow was ended"
+            )
             self._ended.setdefault(
-                name, MachineReport(machine=name, stage="", outcome=StageOutcome.FAILED, note=view.message, error=view)
+                name,
+                MachineReport(
+                    machine=name, stage="", outcome=StageOutcome.FAILED, note=view.message, error=view
+                ),
             )
         self._results[name] = result
 
@@ -127,7 +135,9 @@ class FailoverGroup:
         rows = [there.get(name) or self._ended.get(name) for name in sorted(everyone)]
         await workflow.get_external_workflow_handle(parent.workflow_id, run_id=parent.run_id).signal(
             "group_report",
-            GroupReport(part=self._in.part, stage=stage, machines=tuple(row for row in rows if row is not None)),
+            GroupReport(
+                part=self._in.part, stage=stage, machines=tuple(row for row in rows if row is not None)
+            ),
         )
 
     def _show(self) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable
 from datetime import datetime
-from typing import Any
+from typing import Any, ClassVar
 
 from temporalio import workflow
 from temporalio.exceptions import ActivityError, ApplicationError
@@ -107,7 +107,9 @@ class MachineFailover:
         try:
             for stage in self._course.stages:
                 stage_name = stage.name
-                await workflow.wait_condition(lambda name=stage_name: name in self._proceed or bool(self._stop))
+                await workflow.wait_condition(
+                    lambda name=stage_name: name in self._proceed or bool(self._stop)
+                )
                 if self._stop:
                     raise _Stopped
                 word = self._proceed[stage.name]
@@ -156,7 +158,9 @@ class MachineFailover:
             status = await asyncio.shield(
                 asyncio.ensure_future(
                     self._update(
-                        "settle", Settle(run=self._in.run, outcome=outcome, error=error), f"settle {outcome.value}"
+                        "settle",
+                        Settle(run=self._in.run, outcome=outcome, error=error),
+                        f"settle {outcome.value}",
                     )
                 )
             )
@@ -197,12 +201,16 @@ class MachineFailover:
 
     async def _check_source(self) -> None:
         seen = await run_step(
-            s.INSPECT_SOURCE, self._source_call(), queue=self._in.spec.source_queue,
+            s.INSPECT_SOURCE,
+            self._source_call(),
+            queue=self._in.spec.source_queue,
             summary=self._say("looking at the source machine"),
         )
         if seen.errors:
             raise FarshoreError(
-                Code.NOT_READY, f"{self._in.machine} is not ready: {'; '.join(seen.errors)}", subject=self._in.machine
+                Code.NOT_READY,
+                f"{self._in.machine} is not ready: {'; '.join(seen.errors)}",
+                subject=self._in.machine,
             )
 
     async def _shut_down(self) -> None:
@@ -249,12 +257,17 @@ class MachineFailover:
     async def _try_final_cycle(self) -> None:
         if self._fence is None or self._in.choice != "latest" or not self._reachable:
             return  # a machine that may still write gives no last point; the newest one is as good
-        await self._attempt(self._final_cycle(s.SOURCE_BEST_EFFORT, patience=60.0), "the last changes could not be copied")
+        await self._attempt(
+            self._final_cycle(s.SOURCE_BEST_EFFORT, patience=60.0), "the last changes could not be copied"
+        )
 
     async def _prove(self, rules: s.Rules | None = None) -> None:
         proof = await run_step(
-            s.PROVE_SOURCE_OFF, self._source_call(), queue=self._in.spec.source_queue,
-            summary=self._say("proving that the source can't write"), rules=rules,
+            s.PROVE_SOURCE_OFF,
+            self._source_call(),
+            queue=self._in.spec.source_queue,
+            summary=self._say("proving that the source can't write"),
+            rules=rules,
         )
         self._fence = FenceToken(
             machine=self._in.machine,
@@ -273,7 +286,9 @@ class MachineFailover:
         fence = self._fence
         if fence is None:
             raise FarshoreError(
-                Code.FENCE_NOT_PROVEN, f"Nothing proves that {self._in.machine} is off.", subject=self._in.machine
+                Code.FENCE_NOT_PROVEN,
+                f"Nothing proves that {self._in.machine} is off.",
+                subject=self._in.machine,
             )
         self._say("closing the replica to the source")
         await run_step(
@@ -286,7 +301,9 @@ class MachineFailover:
         self._state = status.state.main.value
 
     async def _choose_point(self) -> None:
-        choice = self._final.id if self._final is not None and self._in.choice == "latest" else self._in.choice
+        choice = (
+            self._final.id if self._final is not None and self._in.choice == "latest" else self._in.choice
+        )
         chosen = await run_step(
             s.CHOOSE_POINT,
             m.ChoosePointCall(**self._owned(), choice=choice),
@@ -316,7 +333,11 @@ class MachineFailover:
                 run_step(
                     s.CREATE_DISK,
                     m.DiskCall(
-                        **self._owned(), settings=self._in.settings, network=self._network, point=point.id, disk=disk
+                        **self._owned(),
+                        settings=self._in.settings,
+                        network=self._network,
+                        point=point.id,
+                        disk=disk,
                     ),
                     queue=self._in.spec.target_queue,
                     summary=f"Make disk {disk.label} of {self._in.machine} ({disk.size / 2**30:.2f} GiB)",
@@ -390,16 +411,21 @@ class MachineFailover:
         self._state = status.state.main.value
 
     async def _remove(self, what: str, *, run_test: bool) -> None:
-        owned = self._owned(plan="", run="") | {"test": run_test}
+        owned = self._owned(plan="", run="", test=run_test)
         gone = await run_step(
-            s.REMOVE_RESOURCES, m.RemoveCall(**owned), queue=self._in.spec.target_queue, summary=self._say(what)
+            s.REMOVE_RESOURCES,
+            m.RemoveCall(**owned),
+            queue=self._in.spec.target_queue,
+            summary=self._say(what),
         )
         self._must_be_gone(gone)
         self._done.append(f"{len(gone.deleted)} resources deleted")
 
     async def _start_source(self) -> None:
         await run_step(
-            s.POWER_ON_SOURCE, self._source_call(), queue=self._in.spec.source_queue,
+            s.POWER_ON_SOURCE,
+            self._source_call(),
+            queue=self._in.spec.source_queue,
             summary=self._say("starting the source machine"),
         )
         self._done.append("source machine started")
@@ -417,7 +443,7 @@ class MachineFailover:
             self._done.append(f"{len(gone.ids)} other points deleted")
         await self._second_half()
 
-    _steps: dict[Work, Callable[[MachineFailover], Awaitable[None]]] = {
+    _steps: ClassVar[dict[Work, Callable[[MachineFailover], Awaitable[None]]]] = {
         Work.BEGIN: _begin,
         Work.CHECK_SOURCE: _check_source,
         Work.SHUT_DOWN: _shut_down,
@@ -489,12 +515,16 @@ class MachineFailover:
     def _the_point(self) -> PointView:
         if self._point is None:
             raise FarshoreError(
-                Code.NO_RECOVERY_POINT, f"No recovery point was chosen for {self._in.machine}.", subject=self._in.machine
+                Code.NO_RECOVERY_POINT,
+                f"No recovery point was chosen for {self._in.machine}.",
+                subject=self._in.machine,
             )
         return self._point
 
     def _source_call(self) -> m.SourceCall:
-        return m.SourceCall(site=self._in.spec.source_site, machine=self._in.machine, source=self._in.spec.source)
+        return m.SourceCall(
+            site=self._in.spec.source_site, machine=self._in.machine, source=self._in.spec.source
+        )
 
     def _owned(self, **other: Any) -> dict[str, Any]:
         return {
@@ -509,7 +539,11 @@ class MachineFailover:
         return self._in.kind is RunKind.UNPLANNED and stage == "shutdown" and self._fence is None
 
     def _side(self) -> Code:
-        return Code.SOURCE_UNREACHABLE if "source" in self._doing or "last" in self._doing else Code.TARGET_UNREACHABLE
+        return (
+            Code.SOURCE_UNREACHABLE
+            if "source" in self._doing or "last" in self._doing
+            else Code.TARGET_UNREACHABLE
+        )
 
     def _say(self, doing: str) -> str:
         """Show what is being done; returns the text for the step's label."""
@@ -567,4 +601,6 @@ class MachineFailover:
 
 
 def _aborted(machine: str, reason: str) -> ErrorView:
-    return error_view(to_application_error(FarshoreError(Code.RUN_ABORTED, f"{machine}: {reason}", subject=machine)))
+    return error_view(
+        to_application_error(FarshoreError(Code.RUN_ABORTED, f"{machine}: {reason}", subject=machine))
+    )

@@ -69,7 +69,9 @@ class MachineProtection:
             if self._replicates():
                 await self._run_leg()
             else:
-                await workflow.wait_condition(lambda: self._replicates() or self._s.disabled or self._is_old())
+                await workflow.wait_condition(
+                    lambda: self._replicates() or self._s.disabled or self._is_old()
+                )
             if self._is_old() and not self._s.disabled:
                 await workflow.wait_condition(workflow.all_handlers_finished)
                 workflow.continue_as_new(self._s)
@@ -132,7 +134,7 @@ class MachineProtection:
     async def _leg_failed(self, view: ErrorView, *, initial: bool) -> None:
         failures = self._s.failures + 1
         final = view.code in (Code.SOURCE_NOT_ELIGIBLE, Code.SOURCE_MACHINE_NOT_FOUND, Code.ACCESS_DENIED)
-        health = Health.WARNING if failures < 2 else Health.CRITICAL  # noqa: PLR2004
+        health = Health.WARNING if failures < 2 else Health.CRITICAL
         state = dm.with_health(self._s.state, health)
         if initial and final and state.main is MainState.INITIAL_REPLICATION_IN_PROGRESS:
             state = dm.fail(state)
@@ -159,7 +161,8 @@ class MachineProtection:
         self._set(watcher="")
         try:
             await workflow.get_external_workflow_handle(watcher).signal(
-                "machine_ready", args=[self._s.spec.machine, problem.model_dump(mode="json") if problem else None]
+                "machine_ready",
+                args=[self._s.spec.machine, problem.model_dump(mode="json") if problem else None],
             )
         except ApplicationError:
             workflow.logger.info("%s no longer waits for %s", watcher, self._s.spec.machine)
@@ -179,7 +182,9 @@ class MachineProtection:
             halted=False,
             force_full=self._s.force_full or at_once,
             watcher=ask.run if ask.operation in (Operation.ENABLE, Operation.REPAIR) else self._s.watcher,
-            fence=None if ask.operation in (Operation.PLANNED_FAILOVER, Operation.UNPLANNED_FAILOVER) else self._s.fence,
+            fence=None
+            if ask.operation in (Operation.PLANNED_FAILOVER, Operation.UNPLANNED_FAILOVER)
+            else self._s.fence,
         )
         return self.status()
 
@@ -233,17 +238,25 @@ class MachineProtection:
             problem = f"The fence token is for {fence.machine}."
         elif fence.run != ask.run:
             problem = f"The fence token belongs to the run {fence.run}."
-        elif fence.kind is FenceKind.BREAK_GLASS and len({p.casefold() for p in fence.approvers}) < _BREAK_GLASS_PEOPLE:
+        elif (
+            fence.kind is FenceKind.BREAK_GLASS
+            and len({p.casefold() for p in fence.approvers}) < _BREAK_GLASS_PEOPLE
+        ):
             problem = "Break-glass needs the word of two different people."
         if problem:
             raise to_application_error(
-                FarshoreError(Code.FENCE_NOT_PROVEN, f"{self._s.spec.machine}: {problem}", subject=self._s.spec.machine)
+                FarshoreError(
+                    Code.FENCE_NOT_PROVEN, f"{self._s.spec.machine}: {problem}", subject=self._s.spec.machine
+                )
             )
 
     @workflow.update(description="End the operation and release the machine's lock (used by runs)")
     def settle(self, ask: Settle) -> MachineStatus:
-        if self._s.settled == (ask.run, ask.outcome.value) and self._s.holder != ask.run:
-            return self.status()
+        if self._s.settled != (ask.run, ask.outcome.value) or self._s.holder == ask.run:
+            self._end(ask)
+        return self.status()
+
+    def _end(self, ask: Settle) -> None:
         operation, state = self._s.operation, self._s.state
         changes: dict[str, Any] = {}
         if operation in _TESTING:
@@ -262,7 +275,6 @@ class MachineProtection:
             error=ask.error,
             **changes,
         )
-        return self.status()
 
     def _settle_main(
         self, state: MachineState, operation: Operation | None, ask: Settle
@@ -283,7 +295,11 @@ class MachineProtection:
         state = dm.succeed(state, resync_required=ask.source_may_lack_changes)
         match operation:
             case Operation.PLANNED_FAILOVER | Operation.UNPLANNED_FAILOVER | Operation.CHANGE_POINT:
-                changes = {"point_in_use": ask.point, "recovered": ask.made, "last_failover_at": workflow.now()}
+                changes = {
+                    "point_in_use": ask.point,
+                    "recovered": ask.made,
+                    "last_failover_at": workflow.now(),
+                }
             case Operation.CANCEL:
                 changes = {"point_in_use": None, "recovered": (), "fence": None, "failures": 0}
             case Operation.COMMIT:
@@ -327,9 +343,8 @@ class MachineProtection:
         if self._s.holder != ask.holder:
             return self.status()
         entry = FarshoreError(Code.RUN_ABORTED, ask.reason, subject=self._s.spec.machine)
-        return self.settle(
-            Settle(run=ask.holder, outcome=SettleOutcome.CANCELLED, error=ErrorView.of(entry.info))
-        )
+        self._end(Settle(run=ask.holder, outcome=SettleOutcome.CANCELLED, error=ErrorView.of(entry.info)))
+        return self.status()
 
     @workflow.update(description="Use other replication settings from the next leg on")
     def configure(self, spec: MachineSpec) -> MachineStatus:
@@ -396,7 +411,9 @@ class MachineProtection:
 
     def _show(self) -> None:
         st, spec = self._s, self._s.spec
-        lines = [f"**{spec.machine}** — **{_short(st.state)}**, runs at the {st.state.active_location.lower()} site"]
+        lines = [
+            f"**{spec.machine}** — **{_short(st.state)}**, runs at the {st.state.active_location.lower()} site"
+        ]
         if self._leg is not None:
             lines.append(
                 f"- Replicating {spec.source_site} → {spec.target_site} every {spec.policy.interval:g} s; "

@@ -12,7 +12,7 @@ with workflow.unsafe.imports_passed_through():
     from farshore.activities import signatures as s
     from farshore.contract import names
     from farshore.contract.errors import error_view, view_to_application_error
-    from farshore.contract.runs import PointView, PointsInput
+    from farshore.contract.runs import PointsInput, PointView
     from farshore.domain.errors import Code
     from farshore.workflows.steps import run_step
 

@@ -63,7 +63,8 @@ class Protection:
             phase=self._phase,
             started_at=self._started,
             machines=tuple(
-                MachineProgress(machine=name, group="", stage="", outcome=note) for name, note in self._notes.items()
+                MachineProgress(machine=name, group="", stage="", outcome=note)
+                for name, note in self._notes.items()
             ),
         )
 
@@ -71,7 +72,11 @@ class Protection:
     async def run(self, ask: ProtectionInput) -> RunResult:
         """Protect or disable; fails only if no machine succeeded."""
         workflow.upsert_search_attributes(
-            [names.PLAN.value_set(ask.plan), names.KIND.value_set(ask.kind.value), names.STATE.value_set("Running")]
+            [
+                names.PLAN.value_set(ask.plan),
+                names.KIND.value_set(ask.kind.value),
+                names.STATE.value_set("Running"),
+            ]
         )
         try:
             pinned = await run_step(
@@ -100,7 +105,9 @@ class Protection:
     async def _end(self, pinned: m.PinnedPlan, machines: list[MachineResult]) -> RunResult:
         errors = tuple(r.error for r in machines if r.error is not None)
         good = [r for r in machines if r.outcome in (Outcome.SUCCEEDED, Outcome.SKIPPED)]
-        status = RunStatus.SUCCEEDED if not errors else RunStatus.PARTIALLY_SUCCEEDED if good else RunStatus.FAILED
+        status = (
+            RunStatus.SUCCEEDED if not errors else RunStatus.PARTIALLY_SUCCEEDED if good else RunStatus.FAILED
+        )
         self._phase = f"ended: {status.value}"
         self._show()
         workflow.upsert_search_attributes([names.STATE.value_set(status.value)])
@@ -118,7 +125,11 @@ class Protection:
         if status is RunStatus.FAILED:
             base = view_to_application_error(errors[0])
             raise ApplicationError(
-                base.message, *base.details, result.model_dump(mode="json"), type=base.type, non_retryable=True
+                base.message,
+                *base.details,
+                result.model_dump(mode="json"),
+                type=base.type,
+                non_retryable=True,
             )
         return result
 
@@ -189,7 +200,10 @@ class Protection:
         except (ActivityError, FarshoreError) as error:
             view = error_view(error, subject=spec.machine)
             await self._update(
-                spec, "settle", Settle(run=self._id, outcome=SettleOutcome.FAILURE, error=view), "enable failed"
+                spec,
+                "settle",
+                Settle(run=self._id, outcome=SettleOutcome.FAILURE, error=view),
+                "enable failed",
             )
             raise
         await self._update(spec, "settle", Settle(run=self._id, outcome=SettleOutcome.SUCCESS), "enabled")
@@ -208,7 +222,10 @@ class Protection:
         except ActivityError as error:
             view = error_view(error, subject=spec.machine, unreachable=Code.TARGET_UNREACHABLE)
             await self._update(
-                spec, "settle", Settle(run=self._id, outcome=SettleOutcome.FAILURE, error=view), "disable failed"
+                spec,
+                "settle",
+                Settle(run=self._id, outcome=SettleOutcome.FAILURE, error=view),
+                "disable failed",
             )
             raise
         await self._update(spec, "settle", Settle(run=self._id, outcome=SettleOutcome.SUCCESS), "disabled")
@@ -216,7 +233,9 @@ class Protection:
             machine=spec.machine, outcome=Outcome.SUCCEEDED, state=MainState.UNPROTECTED.value
         )
 
-    async def _update(self, spec: MachineSpec, update: str, payload: BaseModel, purpose: str) -> MachineStatus:
+    async def _update(
+        self, spec: MachineSpec, update: str, payload: BaseModel, purpose: str
+    ) -> MachineStatus:
         return await run_step(
             s.UPDATE_MACHINE,
             m.UpdateCall(

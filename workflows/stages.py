@@ -78,7 +78,9 @@ COURSES: Mapping[RunKind, Course] = {
         Operation.TEST_FAILOVER,
         (
             _READY,
-            Stage("failover", "Making test disks", Order.TOGETHER, (Work.CHOOSE_POINT, Work.DISKS, Work.NICS)),
+            Stage(
+                "failover", "Making test disks", Order.TOGETHER, (Work.CHOOSE_POINT, Work.DISKS, Work.NICS)
+            ),
             _BOOT,
         ),
         stops_at_error=False,
@@ -102,11 +104,15 @@ COURSES: Mapping[RunKind, Course] = {
             Stage("prepare", "Locks and checks", Order.TOGETHER, (Work.BEGIN, Work.CHECK_SOURCE)),
             Stage("shutdown", "Shutting down source machines", Order.REVERSE, (Work.SHUT_DOWN,)),
             Stage(
-                "synchronize", "Last changes and proof that the source is off", Order.TOGETHER,
+                "synchronize",
+                "Last changes and proof that the source is off",
+                Order.TOGETHER,
                 (Work.HALT, Work.FENCE, Work.FINAL_CYCLE),
             ),
             Stage(
-                "failover", "Making disks", Order.TOGETHER,
+                "failover",
+                "Making disks",
+                Order.TOGETHER,
                 (Work.PROMOTE, Work.REMOVE_FORMER, Work.CHOOSE_POINT, Work.DISKS, Work.NICS),
             ),
             _BOOT,
@@ -121,11 +127,15 @@ COURSES: Mapping[RunKind, Course] = {
         (
             _READY,
             Stage(
-                "shutdown", "Shutting down what can be reached", Order.TOGETHER,
+                "shutdown",
+                "Shutting down what can be reached",
+                Order.TOGETHER,
                 (Work.TRY_SHUT_DOWN, Work.HALT, Work.TRY_FENCE, Work.TRY_FINAL_CYCLE),
             ),
             Stage(
-                "failover", "Making disks", Order.TOGETHER,
+                "failover",
+                "Making disks",
+                Order.TOGETHER,
                 (Work.PROMOTE, Work.REMOVE_FORMER, Work.CHOOSE_POINT, Work.DISKS, Work.NICS),
             ),
             _BOOT,
@@ -140,7 +150,9 @@ COURSES: Mapping[RunKind, Course] = {
         (
             _READY,
             Stage(
-                "failover", "Replacing disks", Order.TOGETHER,
+                "failover",
+                "Replacing disks",
+                Order.TOGETHER,
                 (Work.CHOOSE_POINT, Work.REMOVE_FORMER, Work.DISKS, Work.NICS),
             ),
             _BOOT,
@@ -155,7 +167,10 @@ COURSES: Mapping[RunKind, Course] = {
         (_READY, Stage("commit", "Committing", Order.TOGETHER, (Work.COMMIT, Work.SETTLE))),
         stops_at_error=False,
         skips_in=_NOT_FAILED_OVER
-        - {MainState.COMMIT_FAILOVER_FAILED_ON_RECOVERY.value, MainState.COMMIT_FAILOVER_FAILED_ON_PRIMARY.value},
+        - {
+            MainState.COMMIT_FAILOVER_FAILED_ON_RECOVERY.value,
+            MainState.COMMIT_FAILOVER_FAILED_ON_PRIMARY.value,
+        },
         skip_note="it has no failover to commit",
     ),
     RunKind.CANCEL: Course(
@@ -168,7 +183,11 @@ COURSES: Mapping[RunKind, Course] = {
         ),
         stops_at_error=False,
         skips_in=frozenset(
-            {MainState.PROTECTED.value, MainState.COMMITTED.value, MainState.INITIAL_REPLICATION_IN_PROGRESS.value}
+            {
+                MainState.PROTECTED.value,
+                MainState.COMMITTED.value,
+                MainState.INITIAL_REPLICATION_IN_PROGRESS.value,
+            }
         ),
         skip_note="it has no failover to cancel",
     ),

@@ -53,6 +53,8 @@ class Request:
     seconds: float
     client_request_id: str | None
     fault: Json | None
+    resent: bool = False
+    """The HTTP client's own second attempt at a dropped request; not applied."""
 
 
 class AzureControl:

@@ -12,7 +12,7 @@ ACTIONS = frozenset(
     {
         "status",  # answer `status` with `code` and `message`, nothing applied
         "drop_before",  # close the connection, nothing applied
-        "drop_after",  # apply, then close the connection: the caller can't know
+        "drop_after",  # apply, then close the connection: the caller can't know (a silent re-send of the same call is lost, too)
         "slow",  # wait `seconds` before handling
         "lro_fail",  # the operation this request starts fails with `code`
         "lro_cancel",  # it ends Canceled

@@ -44,6 +44,7 @@ class ArmServer:
         self.world = world
         self.entra = entra
         self.recorder: Callable[[Recorded], None] | None = None
+        self._dropped: set[str] = set()
         self.app = web.Application(client_max_size=8 << 20)
         self.app.router.add_route("*", "/{path:.*}", self._handle)
 
@@ -62,6 +63,7 @@ class ArmServer:
             response = await self._answer(request, entry)
             entry["status"] = response.status
         except ConnectionDropped:
+            self._remember_drop(entry)
             entry["status"] = 0
             self._log(entry, started)
             if request.transport is not None:
@@ -276,7 +278,16 @@ class ArmServer:
 
     # faults
 
+    def _remember_drop(self, entry: Json) -> None:
+        """aiohttp silently sends an idempotent request again when a kept-alive connection breaks: drop that, too."""
+        if entry["client_request_id"] and not entry.get("resent"):
+            self._dropped.add(entry["client_request_id"])
+
     def _strike(self, request: web.Request, entry: Json) -> Fault | None:
+        if entry["client_request_id"] in self._dropped:
+            self._dropped.discard(entry["client_request_id"])
+            entry["resent"] = True
+            raise ConnectionDropped
         fault = self.world.faults.strike(entry["operation"], request.method, request.path)
         if fault is not None:
             entry["fault"] = {"id": fault.id, "action": fault.action}

@@ -12,6 +12,7 @@ from . import conditions
 from .conditions import NONE, Conditions
 from .errors import StorageError
 from .page_ops import PageOps, refuse_pending
+from .pages import sync_folder
 from .rows import BLOCK_BLOB, BlobRow
 
 MAX_BLOCKS = 50_000
@@ -160,7 +161,6 @@ class BlockOps(PageOps):
         cond: Conditions,
     ) -> BlobRow:
         with self.path_lock(container, name):
-            self.need_container(container)
             old = self.catalog.blob(container, name)
             conditions.check_write(old, cond, self.clock())
             refuse_pending(old)
@@ -168,6 +168,7 @@ class BlockOps(PageOps):
             row = self.replacement(container, name, BLOCK_BLOB, store, size=size, old=old)
             row.props, row.metadata, row.blocks = props or {}, metadata or {}, blocks
             with self.catalog.transaction() as db:
+                self.need_container(container)
                 self.catalog.save_blob(row)
                 db.execute("DELETE FROM blocks WHERE container=? AND name=?", (container, name))
             if old is not None:
@@ -191,11 +192,7 @@ class BlockOps(PageOps):
                 f.flush()
                 os.fsync(f.fileno())
         if self.durable:
-            folder = os.open(path.parent, os.O_RDONLY)
-            try:
-                os.fsync(folder)
-            finally:
-                os.close(folder)
+            sync_folder(path.parent)
 
 
 def _read_file(path: Path, offset: int, length: int) -> bytes:

@@ -43,7 +43,6 @@ class CopyOps(BlockOps):
         conditions.check_dates(origin, source_cond, "SourceConditionNotMet")
         refuse_pending(origin)
         with self.path_lock(container, name):
-            self.need_container(container)
             old = self.catalog.blob(container, name)
             conditions.check_write(old, cond, self.clock())
             refuse_pending(old)
@@ -52,6 +51,7 @@ class CopyOps(BlockOps):
             if old is not None and old.store == origin.store and not origin.snapshot:
                 raise StorageError("InvalidSourceBlobUrl", "Source and destination are the same blob.")
             with self.catalog.transaction():
+                self.need_container(container)
                 store = self.catalog.new_store(origin.kind)
                 row = self.replacement(container, name, origin.kind, store, size=origin.size, old=old)
                 row.seq = origin.seq

@@ -36,6 +36,9 @@ def list_containers(c: Call) -> Reply:
 
 
 def account_information(c: Call) -> Reply:
+    """Get Account Information, and with restype=service an account's (empty) service properties."""
+    if c.query.get("restype") == "service":
+        return Reply(200, dict(XML), xml.SERVICE_PROPERTIES)
     sku = "Premium_LRS" if c.store.premium.max_snapshots is not None else "Standard_LRS"
     return Reply(
         200, {"x-ms-sku-name": sku, "x-ms-account-kind": "StorageV2", "x-ms-is-hns-enabled": "false"}

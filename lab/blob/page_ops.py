@@ -31,11 +31,11 @@ class PageOps(StoreCore):
         check_size(size)
         _check_seq(seq)
         with self.path_lock(container, name):
-            self.need_container(container)
             old = self.catalog.blob(container, name)
             conditions.check_write(old, cond, self.clock())
             refuse_pending(old)
             with self.catalog.transaction():
+                self.need_container(container)
                 store = self.catalog.new_store(PAGE_BLOB)
                 row = self.replacement(container, name, PAGE_BLOB, store, size=size, old=old)
                 row.seq = seq

@@ -88,7 +88,10 @@ class PageStore:
         self.store = store
         self._path = path
         self._durable = durable
+        fresh = durable and not path.exists()
         self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        if fresh:
+            sync_folder(path.parent)
         self._chunks: dict[int, list[Version]] = {}
         used: set[int] = set()
         for chunk, gen, slot, valid, written in rows:  # ordered by chunk, gen
@@ -359,6 +362,15 @@ class PageStore:
                 ctypes.c_long((j - i) * CHUNK),
             )
             i = j
+
+
+def sync_folder(folder: Path) -> None:
+    """Make the names of new files last over a power cut."""
+    fd = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
 
 
 def _by_gen(version: Version) -> int:

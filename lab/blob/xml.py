@@ -19,6 +19,8 @@ from .store import Listing
 _HEAD = '<?xml version="1.0" encoding="utf-8"?>'
 _UNSAFE = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\ufffe\uffff]")
 
+SERVICE_PROPERTIES = f"{_HEAD}<StorageServiceProperties><Cors/></StorageServiceProperties>".encode()
+
 PROPS = {
     "Content-Type": "x-ms-blob-content-type",
     "Content-Encoding": "x-ms-blob-content-encoding",

@@ -35,8 +35,12 @@ class DemoFailed(Exception):
 def main() -> int:
     """Run the demo."""
     parser = argparse.ArgumentParser(prog="make demo", description=__doc__)
-    parser.add_argument("--exit", action="store_true", help="end when done instead of staying up until Ctrl-C")
-    parser.add_argument("--root", type=Path, help="folder of all state (default: a temporary one, removed at the end)")
+    parser.add_argument(
+        "--exit", action="store_true", help="end when done instead of staying up until Ctrl-C"
+    )
+    parser.add_argument(
+        "--root", type=Path, help="folder of all state (default: a temporary one, removed at the end)"
+    )
     parser.add_argument(
         "--approve-after", type=float, default=None, metavar="SECONDS",
         help="the demo approves the manual action itself after this time (default: 60; at once with --exit)",
@@ -71,12 +75,16 @@ def _story(stack: Stack, patience: float) -> int:
     stack.start()
     console.print(f"Temporal's web UI: [bold]{stack.ui}[/]")
     console.print(f"Settings for your own commands: export FARSHORE_SETTINGS={stack.settings}")
-    console.print(f"In the data centre: {', '.join(NAMES)}, writing numbered records to their disks all the time.")
+    console.print(
+        f"In the data centre: {', '.join(NAMES)}, writing numbered records to their disks all the time."
+    )
 
     _title("Protect: initial replication, then a recovery point every 5 s")
     _farshore(stack, "protect", PLAN, "--reason", "demo")
     counts = {name: _points(stack, name) for name in NAMES}
-    wait_until("three more recovery points", lambda: all(_points(stack, n) >= counts[n] + 3 for n in NAMES), 90)
+    wait_until(
+        "three more recovery points", lambda: all(_points(stack, n) >= counts[n] + 3 for n in NAMES), 90
+    )
     _farshore(stack, "status", PLAN)
 
     proofs: list[tuple[str, Proof]] = []
@@ -101,7 +109,9 @@ def _story(stack: Stack, patience: float) -> int:
     good = _show(proofs)
     planned = [p for kind, p in proofs if kind == "planned"]
     lost = sum(p.lost for p in planned)
-    console.print(f"RTO of the planned failover, measured: [bold]{rto:.1f} s[/] (with the wait for the approval).")
+    console.print(
+        f"RTO of the planned failover, measured: [bold]{rto:.1f} s[/] (with the wait for the approval)."
+    )
     console.print(f"RPO of the planned failover, measured by the ledgers: [bold]{lost} records lost[/].")
     console.print(f"The runs in the web UI: {_link(stack, run)}")
     return 0 if good and lost == 0 else 1
@@ -120,7 +130,11 @@ def _approve_and_finish(stack: Stack, run: str, patience: float) -> float:
     """Follow the run; approve its manual action unless a person does so in the web UI first."""
     begun = time.monotonic()
     watcher = subprocess.Popen(
-        stack.farshore("watch", run), env=stack.environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        stack.farshore("watch", run),
+        env=stack.environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
     )
     assert watcher.stdout is not None
     asked = False
@@ -129,7 +143,9 @@ def _approve_and_finish(stack: Stack, run: str, patience: float) -> float:
         if "WAITING FOR A PERSON" in line and not asked:
             asked = True
             if patience:
-                console.print(f"Approve it in the web UI: {_link(stack, run)} (Update: decide), or by the command below.")
+                console.print(
+                    f"Approve it in the web UI: {_link(stack, run)} (Update: decide), or by the command below."
+                )
                 console.print(f"In {patience:.0f} s the demo does it.")
             threading.Thread(target=_approve_later, args=(stack, run, patience, watcher), daemon=True).start()
     if watcher.wait() != 0:
@@ -169,20 +185,34 @@ def _points(stack: Stack, machine: str) -> int:
 
 
 def _created_is_deleted(stack: Stack, before: set[str]) -> None:
-    events = [e for e in stack.azure.history() if e.tags.get("farshore-purpose") == "test" and e.id not in before]
+    events = [
+        e for e in stack.azure.history() if e.tags.get("farshore-purpose") == "test" and e.id not in before
+    ]
     created = sorted(e.id for e in events if e.event == "created")
     deleted = sorted(e.id for e in events if e.event == "deleted")
     left = [r.id for r in stack.azure.resources() if r.tags.get("farshore-purpose") == "test"]
     for id in created:
         console.print(f"  created and deleted: {escape(id.split('/providers/')[-1])}")
     if created != deleted or left or not created:
-        raise DemoFailed(f"clean-up left something: created {len(created)}, deleted {len(deleted)}, left {left}")
+        raise DemoFailed(
+            f"clean-up left something: created {len(created)}, deleted {len(deleted)}, left {left}"
+        )
     console.print(f"[green]created = deleted = {len(created)} resources[/]")
 
 
 def _show(proofs: list[tuple[str, Proof]]) -> bool:
     table = Table(box=box.SIMPLE)
-    for title in ("failover", "machine", "disks", "bytes equal", "ledger", "survived up to", "written", "lost", "seconds lost"):
+    for title in (
+        "failover",
+        "machine",
+        "disks",
+        "bytes equal",
+        "ledger",
+        "survived up to",
+        "written",
+        "lost",
+        "seconds lost",
+    ):
         table.add_column(title)
     good = True
     for kind, p in proofs:

@@ -8,6 +8,7 @@ import time
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
+from farshore.lab.vcenter.soap import client_version, encode_fault
 from farshore.lab.vcenter.vim import make_fault
 
 Stage = Literal["call", "task", "folder"]
@@ -79,9 +80,9 @@ class Faults:
         self._next = 1
 
     def add(self, rule: FaultRule) -> int:
-        """Add a rule; return its id. Raises `KeyError` or `AttributeError` for an unknown fault type."""
+        """Add a rule; return its id. Raises for an unknown fault type or fields that do not fit it."""
         if rule.action == "fault":
-            self.make(rule)
+            encode_fault(self.make(rule), client_version(""))
         with self._lock:
             rule.id, self._next = self._next, self._next + 1
             self._rules.append((rule, random.Random(rule.seed)))

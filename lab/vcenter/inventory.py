@@ -35,7 +35,7 @@ class Folder(Entity):
         return array(vim.ManagedEntity, [e.ref for e in self.children()])
 
     def p_childType(self) -> Any:
-        return array(type, self.child_types)
+        return list(self.child_types)
 
     @wsdl
     def CreateFolder(self, name: str) -> Any:

@@ -61,10 +61,14 @@ def make_fault(name: str, message: str | None = None, /, **fields: Any) -> Any:
 
 
 def _required(kind: Any) -> Any:
-    if kind is str:
-        return ""
+    if kind in (str, bool, int, long):
+        return kind()
     if issubclass(kind, str):  # an enumeration: its first value
-        return next((v for v in getattr(kind, "values", ()) or ()), None)
+        return next(iter(getattr(kind, "values", None) or ()), None)
     if issubclass(kind, ManagedObject):
         return kind("unknown")
+    if issubclass(kind, MethodFault):
+        return vmodl.fault.NotSupported(msg="The operation is not supported.")
+    if issubclass(kind, dt.datetime):
+        return dt.datetime.now(dt.UTC)
     return None

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Mapping, Sequence
+import asyncio
+from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from farshore.domain.errors import Code, FarshoreError
@@ -11,11 +12,13 @@ from farshore.providers.azure.client import AzureClients
 from farshore.providers.azure.disks import Disks, SnapshotUrl
 from farshore.providers.azure.ensure import Births, Ensurer
 from farshore.providers.azure.errors import EXPIRED
+from farshore.providers.azure.lro import attended
 from farshore.providers.azure.machines import Machines
 from farshore.providers.azure.networks import Locks, Networks
 from farshore.providers.azure.readiness import Readiness
 from farshore.providers.azure.settings import AzureSettings
 from farshore.providers.azure.staging import Staging
+from farshore.providers.azure.throttle import Pause
 from farshore.providers.ports import (
     Checkpoint,
     DiskRequest,
@@ -32,6 +35,7 @@ from farshore.providers.ports import (
 from farshore.replication.ports import ReplicaStore
 
 if TYPE_CHECKING:
+    from farshore.providers.azure.pageblobs import AzureReplicaStore
     from farshore.providers.ports import TargetSite
 
 T = TypeVar("T")
@@ -46,6 +50,8 @@ class AzureSite:
     def __init__(self, settings: AzureSettings, *, snapshot_url: SnapshotUrl | None = None) -> None:
         self.settings = settings
         self._clients = AzureClients(settings)
+        self._pause = Pause()
+        self._store: AzureReplicaStore | None = None
         locks = Locks()
         staging = Staging(self._clients)
         ensure = Ensurer(settings, Births(settings.visibility_grace))
@@ -74,8 +80,10 @@ class AzureSite:
         resume: Mapping[str, Any],
         checkpoint: Checkpoint,
     ) -> Resource:
-        return await self._call(
-            self._disks.create(owner, spec, request, resume=resume, checkpoint=checkpoint)
+        return await self._attended(
+            lambda note: self._disks.create(owner, spec, request, resume=resume, checkpoint=note),
+            checkpoint,
+            resume,
         )
 
     async def create_nic(self, owner: Owner, spec: TargetSpec, index: int, nic: TargetNic) -> Resource:
@@ -91,21 +99,24 @@ class AzureSite:
         resume: Mapping[str, Any],
         checkpoint: Checkpoint,
     ) -> Resource:
-        return await self._call(
-            self._machines.create(owner, spec, disks, nics, resume=resume, checkpoint=checkpoint)
+        return await self._attended(
+            lambda note: self._machines.create(owner, spec, disks, nics, resume=resume, checkpoint=note),
+            checkpoint,
+            resume,
         )
 
     async def view_machine(self, machine: Resource) -> MachineView:
         return await self._call(self._machines.view(machine))
 
     async def stop_machine(self, machine: Resource, *, checkpoint: Checkpoint) -> None:
-        await self._call(self._machines.stop(machine, checkpoint=checkpoint))
+        await self._attended(lambda note: self._machines.stop(machine, checkpoint=note), checkpoint)
 
     async def run_script(
         self, machine: Resource, script: str, *, timeout: float, checkpoint: Checkpoint
     ) -> ScriptResult:
-        return await self._call(
-            self._machines.run_script(machine, script, timeout=timeout, checkpoint=checkpoint)
+        return await self._attended(
+            lambda note: self._machines.run_script(machine, script, timeout=timeout, checkpoint=note),
+            checkpoint,
         )
 
     async def list_resources(
@@ -143,16 +154,37 @@ class AzureSite:
 
     async def close(self) -> None:
         await self._clients.close()
+        store, self._store = self._store, None
+        if store is not None:
+            await asyncio.to_thread(store.close)
 
     def _snapshot_url(self, handle: str) -> str:
-        from farshore.providers.azure.pageblobs import AzureReplicaStore
+        if self._store is None:
+            from farshore.providers.azure.pageblobs import AzureReplicaStore
 
-        return AzureReplicaStore(self.settings).blob_url(handle)
+            self._store = AzureReplicaStore(self.settings)
+        return self._store.blob_url(handle)
 
-    async def _call(self, work: Awaitable[T]) -> T:
+    async def _attended(
+        self,
+        work: Callable[[Checkpoint], Awaitable[T]],
+        checkpoint: Checkpoint,
+        begin: Mapping[str, Any] | None = None,
+    ) -> T:
+        return await self._call(
+            attended(work, checkpoint=checkpoint, begin=begin, interval=self.settings.checkpoint_interval)
+        )
+
+    async def _call(self, work: Coroutine[Any, Any, T]) -> T:
+        try:
+            self._pause.check()
+        except FarshoreError:
+            work.close()
+            raise
         try:
             return await work
         except FarshoreError as error:
+            self._pause.heed(error)
             if (
                 error.code is Code.ACCESS_DENIED
                 and str(error.info.details.get("azure_code", "")).lower() in EXPIRED

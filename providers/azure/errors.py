@@ -122,6 +122,9 @@ _BY_TEXT: tuple[tuple[re.Pattern[str], Code], ...] = (
         Code.ADDRESS_IN_USE,
     ),
 )
+_HELD = re.compile(
+    r"is attached to v(?:m|irtual machine)|used by existing resource|still allocated to", re.IGNORECASE
+)
 # Codes that say little: Azure uses them for unlike things, so that the text decides.
 _VAGUE = frozenset(
     {
@@ -285,7 +288,11 @@ def classify(error: BaseException, *, doing: str, subject: str = "", late: bool 
             subject=subject,
             details=details,
         )
-    if not isinstance(error, HttpResponseError) or isinstance(error, DecodeError) or (what.status is None and not what.code):
+    if (
+        not isinstance(error, HttpResponseError)
+        or isinstance(error, DecodeError)
+        or (what.status is None and not what.code)
+    ):
         return FarshoreError(
             Code.TARGET_UNREACHABLE,
             f"Azure's answer could not be read while {doing}: {what.message}",
@@ -342,4 +349,4 @@ def is_exists(error: BaseException) -> bool:
 def is_in_use(error: BaseException) -> bool:
     """True when a deletion was refused because something still refers to the resource."""
     what = said(error)
-    return what.key in IN_USE or any(c.lower() in IN_USE for c in what.inner)
+    return any(key.lower() in IN_USE for key in (what.key, *what.inner)) or bool(_HELD.search(what.message))

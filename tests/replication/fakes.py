@@ -257,7 +257,7 @@ class ModelCut:
             raise FullCopyNeeded("change tracking was reset")
         for at, leaf in sorted(self._changes[disk_key], key=lambda change: change[1]):
             if at > int(sequence) and leaf * LEAF < len(content):
-                yield Extent(leaf * LEAF + 512, 1024)  # trackers are finer than leaves
+                yield Extent(leaf * LEAF, 512)  # trackers are finer than leaves
 
     def read(self, disk_key: str, offset: int, length: int) -> bytes:
         self._source.burn()

@@ -37,10 +37,12 @@ out = Console(highlight=False, soft_wrap=True)
 err = Console(stderr=True, highlight=False, soft_wrap=True)
 
 SettingsOption = Annotated[
-    Path | None, typer.Option("--settings", "-s", help="settings file (default: FARSHORE_SETTINGS or ./farshore.toml)")
+    Path | None,
+    typer.Option("--settings", "-s", help="settings file (default: FARSHORE_SETTINGS or ./farshore.toml)"),
 ]
 AddressOption = Annotated[
-    str | None, typer.Option("--address", help="Temporal's address, instead of the settings'", envvar="TEMPORAL_ADDRESS")
+    str | None,
+    typer.Option("--address", help="Temporal's address, instead of the settings'", envvar="TEMPORAL_ADDRESS"),
 ]
 
 _USAGE_ERRORS = {
@@ -100,7 +102,9 @@ def _guarded(work: Coroutine[Any, Any, int]) -> int:
         return Exit.BAD_INPUT
     except RPCError as error:
         return show_error(
-            FarshoreError(Code.TEMPORAL_UNREACHABLE, f"Temporal answered {error.status.name}: {error.message}"[:300])
+            FarshoreError(
+                Code.TEMPORAL_UNREACHABLE, f"Temporal answered {error.status.name}: {error.message}"[:300]
+            )
         )
     except KeyboardInterrupt:
         err.print("Interrupted. A run that was started goes on; `farshore status` shows it.")

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 from rich.markup import escape
 
+from farshore.plans.catalog import plan_names
 from farshore.plans.lint import lint
 from farshore.workers.cli.exits import Exit
 from farshore.workers.cli.main import SettingsOption, err, leave, out, settings_for
@@ -37,13 +38,10 @@ def lint_files(
             err.print(f"[bold red]{escape(str(path))}[/]: can't be read ({escape(str(error))})")
             bad = True
             continue
-        findings = lint(text, path.name)
+        findings = lint(text)
         for f in findings:
             colour = "red" if f.severity == "error" else "yellow"
-            out.print(
-                f"{escape(path.name)}:{f.line}:{f.column}: [{colour}]{f.severity}[/] {escape(f.message)}"
-                + (f" — {escape(f.fix)}" if f.fix else "")
-            )
+            out.print(f"[{colour}]{escape(f.text(path.name))}[/]")
             bad = bad or f.severity == "error"
         if not findings:
             out.print(f"{escape(path.name)}: no findings")
@@ -52,7 +50,6 @@ def lint_files(
 
 def list_plans(settings: SettingsOption = None) -> None:
     """Plans in the plans folder."""
-    folder = settings_for(settings, None).plans.folder
-    for path in sorted(folder.glob("*.yaml")):
-        out.print(escape(path.stem))
+    for name in plan_names(settings_for(settings, None).plans.folder):
+        out.print(escape(name))
     leave(Exit.DONE)

@@ -24,12 +24,22 @@ from farshore.contract.runs import (
 )
 from farshore.domain.errors import Code, FarshoreError
 from farshore.workers.cli.exits import Exit
-from farshore.workers.cli.main import AddressOption, SettingsOption, client_for, err, out, perform, settings_for
+from farshore.workers.cli.main import (
+    AddressOption,
+    SettingsOption,
+    client_for,
+    err,
+    out,
+    perform,
+    settings_for,
+)
 from farshore.workers.settings import Settings
 
 PlanArgument = Annotated[str, typer.Argument(help="name of the plan")]
 ReasonOption = Annotated[str, typer.Option("--reason", "-r", help="why; kept in the run's history")]
-MachineOption = Annotated[list[str] | None, typer.Option("--machine", "-m", help="only this machine (repeatable)")]
+MachineOption = Annotated[
+    list[str] | None, typer.Option("--machine", "-m", help="only this machine (repeatable)")
+]
 WaitOption = Annotated[bool, typer.Option("--wait/--no-wait", help="follow the run to its end")]
 ByOption = Annotated[str, typer.Option("--by", help="who decides (default: the login name)")]
 _LOOK = 1.0  # seconds between looks at a run
@@ -37,14 +47,18 @@ _LOOK = 1.0  # seconds between looks at a run
 
 def register(app: typer.Typer) -> None:
     """Add the commands."""
-    app.command("protect", help="Enable protection of a plan's machines and wait for initial replication.")(protect)
+    app.command("protect", help="Enable protection of a plan's machines and wait for initial replication.")(
+        protect
+    )
     app.command("disable", help="Stop protection; the replica and all points are deleted.")(disable)
     app.command("failover", help="Fail a plan over: --kind planned, unplanned or test.")(failover)
-    app.command("test", help="Test failover into an isolated network.")(test)
+    app.command("test", help="Test failover into an isolated network.")(rehearse)
     app.command("cleanup", help="Remove what a test failover made.")(cleanup)
     app.command("commit", help="Make a failover final; other points are deleted.")(commit)
     app.command("cancel", help="Undo a failover that is not committed; the source starts again.")(cancel)
-    app.command("change-point", help="Bring machines that have failed over up again from another point.")(change_point)
+    app.command("change-point", help="Bring machines that have failed over up again from another point.")(
+        change_point
+    )
     app.command("approve", help="Approve what a run waits for.")(approve)
     app.command("reject", help="Reject what a run waits for.")(reject)
     app.command("abort", help="Stop a run before its next step.")(abort)
@@ -86,12 +100,18 @@ def disable(
 def failover(
     plan: PlanArgument,
     kind: Annotated[str, typer.Option("--kind", "-k", help="planned, unplanned or test")] = "planned",
-    point: Annotated[str, typer.Option("--point", "-p", help="latest, latest-processed, … or a point id")] = "",
+    point: Annotated[
+        str, typer.Option("--point", "-p", help="latest, latest-processed, … or a point id")
+    ] = "",
     machine: MachineOption = None,
-    shutdown: Annotated[bool, typer.Option("--shutdown/--no-shutdown", help="unplanned: try to shut down")] = True,
+    shutdown: Annotated[
+        bool, typer.Option("--shutdown/--no-shutdown", help="unplanned: try to shut down")
+    ] = True,
     confirmed_by: Annotated[
         list[str] | None,
-        typer.Option("--confirmed-by", help="unplanned: who confirms that the source can't come back (twice)"),
+        typer.Option(
+            "--confirmed-by", help="unplanned: who confirms that the source can't come back (twice)"
+        ),
     ] = None,
     reason: ReasonOption = "",
     wait: WaitOption = True,
@@ -117,7 +137,7 @@ def failover(
     _run(ask, wait, settings_for(settings, address))
 
 
-def test(
+def rehearse(
     plan: PlanArgument,
     point: Annotated[str, typer.Option("--point", "-p")] = "latest-processed",
     machine: MachineOption = None,
@@ -128,7 +148,12 @@ def test(
 ) -> None:
     """Test failover."""
     ask = FailoverInput(
-        plan=plan, kind=RunKind.TEST, point=point, machines=tuple(machine or ()), reason=reason, requested_by=_me()
+        plan=plan,
+        kind=RunKind.TEST,
+        point=point,
+        machines=tuple(machine or ()),
+        reason=reason,
+        requested_by=_me(),
     )
     _run(ask, wait, settings_for(settings, address))
 
@@ -207,7 +232,9 @@ def approve(
     run: Annotated[str, typer.Argument(help="id of the run, or name of the plan")],
     action: Annotated[str, typer.Argument(help="id of the action; default: the only one pending")] = "",
     by: ByOption = "",
-    observation: Annotated[str, typer.Option("--observation", "-o", help="what was seen; kept in the history")] = "",
+    observation: Annotated[
+        str, typer.Option("--observation", "-o", help="what was seen; kept in the history")
+    ] = "",
     settings: SettingsOption = None,
     address: AddressOption = None,
 ) -> None:
@@ -332,7 +359,9 @@ def _print_progress(progress: RunProgress, seen: set[str], told: set[str], run: 
             out.print(f"[bold yellow]WAITING FOR A PERSON:[/] {escape(pending.title)}")
             if pending.instructions:
                 out.print(f"    {escape(pending.instructions)}")
-            out.print(f"    answer with: farshore approve {escape(run.id)} {escape(pending.action)} --by NAME")
+            out.print(
+                f"    answer with: farshore approve {escape(run.id)} {escape(pending.action)} --by NAME"
+            )
 
 
 def print_result(result: RunResult) -> None:
@@ -353,9 +382,10 @@ def print_result(result: RunResult) -> None:
         if row.error is not None:
             out.print(f"    [red]{escape(row.error.text())}[/]")
     if result.rto_seconds is not None:
-        out.print(f"  RTO {result.rto_seconds:.1f} s" + (
-            f", RPO {result.rpo_seconds:.1f} s" if result.rpo_seconds is not None else ""
-        ))
+        out.print(
+            f"  RTO {result.rto_seconds:.1f} s"
+            + (f", RPO {result.rpo_seconds:.1f} s" if result.rpo_seconds is not None else "")
+        )
 
 
 async def _find(client: FarshoreClient, wanted: str) -> Run:
@@ -383,7 +413,9 @@ async def _decide(
         if len(pending) != 1:
             names = ", ".join(p.action for p in pending) or "nothing"
             raise FarshoreError(
-                Code.NO_PENDING_ACTION, f"{run.id} waits for {names}.", action="Name the action, or wait for it."
+                Code.NO_PENDING_ACTION,
+                f"{run.id} waits for {names}.",
+                action="Name the action, or wait for it.",
             )
         action = pending[0].action
     answer = await run.decide(

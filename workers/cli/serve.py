@@ -22,15 +22,21 @@ from farshore.workers.worker import run_workers
 
 def register(app: typer.Typer) -> None:
     """Add the commands."""
-    app.command("worker", help="Run a worker: --role control, --role site --site NAME, or --role all.")(worker)
+    app.command("worker", help="Run a worker: --role control, --role site --site NAME, or --role all.")(
+        worker
+    )
     app.command("setup", help="Register the search attributes with Temporal (idempotent).")(setup)
     app.command("healthy", help="Exit code 0 if Temporal answers; for health checks.")(healthy)
 
 
 def worker(
     role: Annotated[str, typer.Option("--role", help="control, site or all")] = "all",
-    site: Annotated[list[str] | None, typer.Option("--site", help="a site of this worker (repeatable)")] = None,
-    ready_file: Annotated[Path | None, typer.Option("--ready-file", help="written when the worker polls")] = None,
+    site: Annotated[
+        list[str] | None, typer.Option("--site", help="a site of this worker (repeatable)")
+    ] = None,
+    ready_file: Annotated[
+        Path | None, typer.Option("--ready-file", help="written when the worker polls")
+    ] = None,
     settings: SettingsOption = None,
     address: AddressOption = None,
 ) -> None:
@@ -43,7 +49,9 @@ def worker(
     sites = list(site or (loaded.sites if role == "all" else ()))
     if with_sites and not sites:
         raise FarshoreError(
-            Code.INVALID_INPUT, "A site worker needs --site NAME.", action=f"Choose from {', '.join(loaded.sites)}."
+            Code.INVALID_INPUT,
+            "A site worker needs --site NAME.",
+            action=f"Choose from {', '.join(loaded.sites)}.",
         )
     perform(_work(loaded, control, sites if with_sites else [], ready_file))
 

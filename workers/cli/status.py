@@ -46,7 +46,9 @@ async def _status(settings: Settings, plan: str, as_json: bool) -> int:
         out.print_json(json.dumps(data))
         return Exit.DONE
     if not rows:
-        out.print(f"No machine{f' of {escape(plan)}' if plan else ''} is protected. `farshore protect PLAN` begins.")
+        out.print(
+            f"No machine{f' of {escape(plan)}' if plan else ''} is protected. `farshore protect PLAN` begins."
+        )
     else:
         out.print(_table(rows))
     await _runs(client, settings, plan)
@@ -78,7 +80,13 @@ def _table(rows: list[tuple[MachineStatus, dict[str, Any]]]) -> Table:
 
 def _age(machine: MachineStatus, now: dict[str, Any]) -> str:
     taken = now.get("newest_taken_at")
-    at = datetime.fromisoformat(taken) if taken else machine.newest_point.taken_at if machine.newest_point else None
+    at = (
+        datetime.fromisoformat(taken)
+        if taken
+        else machine.newest_point.taken_at
+        if machine.newest_point
+        else None
+    )
     return f"{(datetime.now(UTC) - at).total_seconds():.0f} s" if at else ""
 
 

@@ -68,9 +68,10 @@ def recorded_problems(answer: Recorded) -> list[str]:
         if answer.method == "HEAD" or answer.body is None:
             return []
         return [f"{where}: {p}" for p in wheel_schema.problems(package, contract.error or "", answer.body)]
-    if answer.operation not in {routes.LRO_STATUS, routes.LRO_RESULT} and answer.status not in contract.codes:
-        if not (answer.method == "HEAD" and answer.status == 204):
-            return [f"{where}: the SDK accepts {contract.codes}"]
+    polled = answer.operation in {routes.LRO_STATUS, routes.LRO_RESULT}
+    existence = answer.method == "HEAD" and answer.status == 204
+    if not polled and not existence and answer.status not in contract.codes:
+        return [f"{where}: the SDK accepts {contract.codes}"]
     if answer.body is None or contract.response is None:
         return []
     if contract.paged:
@@ -121,9 +122,9 @@ class Azure:
         for client in (self.compute, self.network, self.resources, self.credential):
             await client.close()
 
-    async def ctl(self, method: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    async def ctl(self, call: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
         """Call the synchronous control client without stopping the laboratory's own loop."""
-        return await asyncio.to_thread(method, *args, **kwargs)
+        return await asyncio.to_thread(call, *args, **kwargs)
 
     def id(self, kind: str, name: str, group: str = RG) -> str:
         return f"/subscriptions/{self.lab.subscription}/resourceGroups/{group}/providers/{kind}/{name}"

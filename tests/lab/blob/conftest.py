@@ -289,10 +289,13 @@ class Words:
         return [(r.start, r.end + 1, bool(r.cleared)) for r in found]
 
     @staticmethod
-    def start_process(root: Path, *options: str) -> tuple[subprocess.Popen[bytes], dict[str, str]]:
+    def start_process(
+        root: Path, *options: str, code: str = ""
+    ) -> tuple[subprocess.Popen[bytes], dict[str, str]]:
         """The stand-alone server, and what it said when it was ready."""
+        how = ["-c", code] if code else ["-m", "farshore.lab.blob"]
         process = subprocess.Popen(
-            [sys.executable, "-m", "farshore.lab.blob", "--root", str(root), *options], stdout=subprocess.PIPE
+            [sys.executable, *how, "--root", str(root), *options], stdout=subprocess.PIPE
         )
         assert process.stdout is not None
         return process, json.loads(process.stdout.readline())

@@ -427,7 +427,7 @@ def test_of_many_writers_of_an_absent_blob_exactly_one_wins(container, words):
                 container.upload_blob(name, f"writer {writer}".encode(), overwrite=False)
                 outcome = "won"
             except ResourceExistsError as e:
-                outcome = f"{e.status_code} {getattr(e.error_code, "value", e.error_code)}"
+                outcome = f"{e.status_code} {getattr(e.error_code, 'value', e.error_code)}"
             with lock:
                 results.append((outcome, writer))
 

@@ -79,10 +79,15 @@ class Writer:
 
 @pytest.mark.parametrize("kills", [4, pytest.param(25, marks=pytest.mark.slow)])
 def test_acknowledged_writes_survive_sigkill_and_nothing_is_torn(tmp_path: Path, words, kills: int):
+    writer = crash_and_check(tmp_path, words, kills)
+    assert writer.count > 5 * kills
+    assert writer.snapshots
+
+
+def crash_and_check(root: Path, words, kills: int, code: str = "") -> Writer:
     writer = Writer(seed=kills)
-    acknowledged = 0
     for kill in range(kills + 1):
-        process, ready = words.start_process(tmp_path)
+        process, ready = words.start_process(root, code=code)
         try:
             service = BlobServiceClient(ready["account_url"], credential=ready["key"], retry_total=0)
             container = service.get_container_client("disks")
@@ -97,14 +102,40 @@ def test_acknowledged_writes_survive_sigkill_and_nothing_is_torn(tmp_path: Path,
             writer.run(container)
             timer.join()
             assert process.wait(10) == -signal.SIGKILL
-            acknowledged = writer.count
             service.close()
         finally:
             process.kill()
             process.wait(10)
             process.stdout.close()
-    assert acknowledged > 20 * kills / 4
-    assert writer.snapshots
+    return writer
+
+
+LATE_COMMIT = """
+from contextlib import contextmanager
+from farshore.lab.blob import __main__, catalog
+real = catalog.Catalog.transaction
+@contextmanager
+def late(self):
+    # Commits only every 50th transaction, but lets all be acknowledged.
+    with self._lock:
+        if self._depth == 0 and not self._db.in_transaction:
+            self._db.execute("BEGIN IMMEDIATE")
+        self._depth += 1
+        try:
+            yield self._db
+        finally:
+            self._depth -= 1
+        self.late = getattr(self, "late", 0) + 1
+        if self._depth == 0 and self.late % 50 == 0:
+            self._db.execute("COMMIT")
+catalog.Catalog.transaction = late
+__main__.main()
+"""
+
+
+def test_this_check_notices_an_acknowledgement_before_the_commit(tmp_path: Path, words):
+    with pytest.raises(AssertionError, match="region|>="):
+        crash_and_check(tmp_path, words, kills=3, code=LATE_COMMIT)
 
 
 def test_a_pending_copy_goes_on_after_a_restart(start_lab, words, tmp_path):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import datetime as dt
 import json
+import threading
 import time
 
 import pytest
@@ -445,3 +446,41 @@ def test_create_if_absent_of_a_page_blob_leaves_the_first(lab_container, words):
     with words.refused(409, "BlobAlreadyExists"):
         lab_container.get_blob_client("disk").create_page_blob(MIB, match_condition=MatchConditions.IfMissing)
     assert blob.download_blob(0, 512).readall() == words.noise(512)
+
+
+# --- threads ----------------------------------------------------------------------------------------------------
+
+
+def test_snapshots_under_concurrent_writers_are_whole_and_of_their_moment(tmp_path):
+    size, writers, rounds = 128 * 1024, 4, 60
+    store = BlobStore(tmp_path / "account", "acc", "a2V5")
+    store.create_container("disks")
+    store.put_page_blob("disks", "disk", size * writers)
+    begun, acknowledged = [0] * writers, [0] * writers
+
+    def write(me: int) -> None:
+        for n in range(1, rounds + 1):
+            begun[me] = n
+            store.put_pages("disks", "disk", me * size, n.to_bytes(8, "big") * (size // 8))
+            acknowledged[me] = n
+
+    threads = [threading.Thread(target=write, args=(i,)) for i in range(writers)]
+    for t in threads:
+        t.start()
+    moments = []
+    while any(t.is_alive() for t in threads) or not moments:
+        before = list(acknowledged)
+        taken = store.snapshot("disks", "disk").snapshot
+        moments.append((before, taken, list(begun)))
+        if len(moments) > 3:
+            store.delete("disks", "disk", moments.pop(0)[1])
+    for t in threads:
+        t.join()
+    for before, taken, after in moments:
+        view = store.open("disks", "disk", taken)
+        for i in range(writers):
+            data = view.read(i * size, size)
+            found = int.from_bytes(data[:8], "big")
+            assert data == found.to_bytes(8, "big") * (size // 8), "torn"
+            assert before[i] <= found <= after[i]
+    store.close()

@@ -201,6 +201,17 @@ async def test_a_lost_answer_to_the_copy_starts_no_second_copy(
     assert len([s for s in cloud.copies_of(world.tag) if s.status < 400]) == 1
 
 
+async def test_an_answer_lost_once_is_healed_below_us(site: AzureSite, cloud: Azure, world: World) -> None:
+    cloud.control.fault("drop_after", operation="compute.Disks.create_or_update", path=f"*{world.tag}*")
+    handle = world.replica()
+    await settled(
+        lambda: site.create_disk(
+            world.owner(), world.spec(), world.request(handle), resume={}, checkpoint=Notes()
+        )
+    )
+    assert list(cloud.created(world.tag).values()) == [1]
+
+
 async def test_a_lost_answer_to_the_put_makes_no_second_disk(
     site: AzureSite, cloud: Azure, world: World
 ) -> None:
@@ -296,6 +307,20 @@ async def test_a_long_import_is_told_about_with_its_token(
     assert len(notes.with_token()) >= 3
 
 
+async def test_a_request_that_hangs_does_not_silence_the_step(
+    site: AzureSite, cloud: Azure, world: World
+) -> None:
+    cloud.control.fault(
+        "slow", operation="compute.Disks.create_or_update", path=f"*{world.tag}*", seconds=0.4
+    )
+    notes = Notes()
+    before = {"step": "disk0", "hint": "what the predecessor knew"}
+    await site.create_disk(
+        world.owner(), world.spec(), world.request(world.replica()), resume=before, checkpoint=notes
+    )
+    assert len([n for n in notes.seen if not n.get("token")]) >= 4
+
+
 async def test_notes_hold_no_secret(site: AzureSite, cloud: Azure, world: World) -> None:
     notes = Notes()
     await site.create_disk(
@@ -355,17 +380,20 @@ async def test_throttling_is_told_with_the_time_to_wait(site: AzureSite, cloud: 
 
 
 async def test_a_throttled_poll_keeps_the_token(site: AzureSite, cloud: Azure, world: World) -> None:
-    cloud.control.fault("status", operation="lro.status", status=429, code="TooManyRequests", retry_after=3)
+    cloud.control.fault("status", operation="lro.status", status=429, code="TooManyRequests", retry_after=1)
     handle, notes = world.replica(), Notes()
     with pytest.raises(FarshoreError) as caught:
         await site.create_disk(
             world.owner(), world.spec(), world.request(handle), resume={}, checkpoint=notes
         )
-    assert (caught.value.code, caught.value.retry_after) == (Code.TARGET_THROTTLED, 3)
-    await site.create_disk(
-        world.owner(), world.spec(), world.request(handle), resume=notes.last, checkpoint=Notes()
+    assert (caught.value.code, caught.value.retry_after) == (Code.TARGET_THROTTLED, 1)
+    await settled(
+        lambda: site.create_disk(
+            world.owner(), world.spec(), world.request(handle), resume=notes.last, checkpoint=Notes()
+        )
     )
     assert list(cloud.created(world.tag).values()) == [1]
+    assert cloud.asked("compute.Disks.create_or_update", text=world.tag) == 1
 
 
 async def test_a_snapshot_can_be_imported_without_a_copy(cloud: Azure, world: World) -> None:

@@ -98,15 +98,16 @@ async def test_killed_between_put_and_poll_there_is_one_machine(
     assert cloud.asked("compute.VirtualMachines.create_or_update", after=mark, text=world.tag) == 0
 
 
-async def test_a_lost_answer_makes_no_second_machine(site: AzureSite, cloud: Azure, world: World) -> None:
+@pytest.mark.parametrize("times", [1, 2])
+async def test_a_lost_answer_makes_no_second_machine(
+    site: AzureSite, cloud: Azure, world: World, times: int
+) -> None:
     owner, spec = world.owner(), world.spec()
     disks, nics = await parts(site, world, owner, spec)
     cloud.control.fault(
-        "drop_after", operation="compute.VirtualMachines.create_or_update", path=f"*{world.tag}*", count=2
+        "drop_after", operation="compute.VirtualMachines.create_or_update", path=f"*{world.tag}*", count=times
     )
-    with pytest.raises(FarshoreError) as caught:
-        await site.create_machine(owner, spec, disks, nics, resume={}, checkpoint=Notes())
-    assert caught.value.code is Code.TARGET_UNREACHABLE
+    # Once: the HTTP library repeats the PUT and create-only refuses it. Twice: the step fails and is tried again.
     made = await settled(lambda: site.create_machine(owner, spec, disks, nics, resume={}, checkpoint=Notes()))
     assert cloud.created(VM + spec.name) == {made.id.lower(): 1}
 
