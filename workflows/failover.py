@@ -387,7 +387,9 @@ class Failover:
             return [(None, self._parts)]
         groups = list(plan.boot) if order is Order.BOOT else list(reversed(plan.boot))
         found = [(group, [p for p in self._parts if p.group == group.group]) for group in groups]
-        return [(group, parts) for group, parts in found if parts]
+        # a group may hold actions only: its turn comes all the same
+        acts = {g.name for g in self._schedule.boot} if self._schedule and order is Order.BOOT else set[str]()
+        return [(group, parts) for group, parts in found if parts or group.group in acts]
 
     async def _lead(self, stage: Stage, parts: Sequence[_Part], word: Proceed) -> None:
         """Send parts into a stage and wait until all have reported it."""

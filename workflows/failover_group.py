@@ -56,13 +56,7 @@ class FailoverGroup:
         watchers = [asyncio.create_task(self._watch(name, child)) for name, child in children.items()]
         everyone = set(children)
         while len(self._results) < len(everyone):
-            await workflow.wait_condition(
-                lambda: (
-                    len(self._words) > seen
-                    or (bool(self._stop) and not stopped)
-                    or len(self._results) == len(everyone)
-                )
-            )
+            await workflow.wait_condition(lambda: self._has_news() or len(self._results) == len(everyone))
             if self._stop and not self._stop_passed_on:
                 self._stop_passed_on = True
                 for name in sorted(everyone - set(self._results)):

@@ -12,15 +12,15 @@ import threading
 import time
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
-from datetime import datetime
-from http.client import HTTPException, RemoteDisconnected
+from http.client import RemoteDisconnected
 from typing import Any, TypeVar
 
+from pyVmomi.SoapAdapter import SoapStubAdapter as _SoapStubAdapter
+
 from farshore.domain.errors import Code, FarshoreError
-from farshore.providers.vsphere.errors import NETWORK_ERRORS, classify, reported, vim, vmodl
+from farshore.providers.vsphere.errors import NETWORK_ERRORS, classify, vim, vmodl
 from farshore.providers.vsphere.settings import VSphereSettings
 from farshore.providers.vsphere.transport import PinnedConnection, tls_context
-from pyVmomi.SoapAdapter import SoapStubAdapter as _SoapStubAdapter
 
 SoapStubAdapter: Any = _SoapStubAdapter
 Tick = Callable[[Mapping[str, Any]], None]
@@ -141,13 +141,10 @@ class Client:
             self._stub.DropConnections()
 
     def _keep_alive(self) -> None:
-        """Range reads are not known to count as use of a session, so a SOAP call is made now and then."""
+        """Range reads are not known to count as use of a session, so an authenticated SOAP call is made now and then."""
         while not self._closed.wait(self.settings.keep_alive):
             try:
-                self.call(
-                    "keeping the session alive",
-                    lambda: vim.ServiceInstance("ServiceInstance", self._stub).CurrentTime(),
-                )
+                self.read(self._content.rootFolder, ("name",), doing="keeping the session alive")
             except FarshoreError as exc:  # the next real call reports it to somebody
                 log.info("keep-alive of %s: %s", self.settings.host, exc)
 
@@ -250,12 +247,6 @@ class Client:
             page = collector.ContinueRetrievePropertiesEx(page.token) if page.token else None
         return rows
 
-    def now(self) -> datetime:
-        """The server's clock."""
-        return self.call(
-            "reading the clock", lambda: vim.ServiceInstance("ServiceInstance", self._stub).CurrentTime()
-        )
-
     # -- waiting -------------------------------------------------------------------------------------------------
 
     @contextmanager
@@ -357,6 +348,3 @@ class Watch:
             self._collector.DestroyPropertyCollector()
         except (vmodl.MethodFault, *NETWORK_ERRORS) as exc:
             log.debug("a property collector was left to its session: %s", exc)
-
-
-__all__ = ["Client", "HTTPException", "Tick", "Watch", "no_tick", "reported"]

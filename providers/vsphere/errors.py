@@ -6,15 +6,14 @@ Classification is by the type of the fault (a fault's subclasses go with it), ne
 from __future__ import annotations
 
 import ssl
-from collections.abc import Generator
-from contextlib import contextmanager
 from http.client import HTTPException
 from typing import Any
 from xml.parsers.expat import ExpatError
 
-from farshore.domain.errors import Code, FarshoreError
 from pyVmomi import vim as _vim
 from pyVmomi import vmodl as _vmodl
+
+from farshore.domain.errors import Code, FarshoreError
 
 vim: Any = _vim
 vmodl: Any = _vmodl
@@ -92,14 +91,3 @@ def classify(
     return FarshoreError(
         Code.INTERNAL, f"Unexpected {type(exc).__name__} while {doing}: {exc}", subject=subject
     )
-
-
-@contextmanager
-def reported(doing: str, subject: str = "", fallback: Code = Code.SOURCE_BUSY) -> Generator[None]:
-    """Turn what fails inside into a FarshoreError; what a checkpoint raises to cancel a step passes untouched."""
-    try:
-        yield
-    except FarshoreError:
-        raise
-    except (vmodl.MethodFault, *NETWORK_ERRORS) as exc:
-        raise classify(exc, doing=doing, subject=subject, fallback=fallback) from exc

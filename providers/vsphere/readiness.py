@@ -9,12 +9,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from farshore.domain.errors import Code
 from farshore.providers.ports import Finding, Power, Severity, SourceDisk
 from farshore.providers.vsphere.errors import vim
 from farshore.providers.vsphere.machine import Machine, base_of, capacity, disks_of, label
 
-CODE_ELIGIBLE = "SourceNotEligible"
-CODE_TRACKING = "ChangeTrackingNotReady"
+CODE_ELIGIBLE = Code.SOURCE_NOT_ELIGIBLE.value
+CODE_TRACKING = Code.CHANGE_TRACKING_NOT_READY.value
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,7 +147,7 @@ def assess(
     if not machine.connected:
         say(
             Severity.ERROR,
-            "SourceUnreachable",
+            Code.SOURCE_UNREACHABLE.value,
             f"vCenter has no connection to the host of {name}: what it shows may be old.",
             "Reconnect the host.",
         )

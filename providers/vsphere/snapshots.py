@@ -168,7 +168,9 @@ class Snapshots:
         events = self._client.call(doing, lambda: manager.QueryEvents(wanted), subject=self._entry.name)
         for event in events or ():
             info = getattr(event, "info", None)  # of a TaskEvent
-            found.append((utc(event.createdTime), str(getattr(info, "descriptionId", "") or type(event).__name__)))
+            found.append(
+                (utc(event.createdTime), str(getattr(info, "descriptionId", "") or type(event).__name__))
+            )
         return found
 
     def consolidate(self) -> None:

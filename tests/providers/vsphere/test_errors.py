@@ -8,8 +8,8 @@ from http.client import RemoteDisconnected
 import pytest
 from pyVmomi import vim, vmodl
 
-from farshore.domain.errors import Code, FarshoreError
-from farshore.providers.vsphere.errors import classify, reported
+from farshore.domain.errors import Code
+from farshore.providers.vsphere.errors import classify
 
 FAULTS = [
     (vim.fault.InvalidLogin(), Code.ACCESS_DENIED, False),
@@ -51,13 +51,3 @@ def test_an_unknown_fault_gets_the_code_of_the_step():
     assert error.code is Code.SNAPSHOT_FAILED
     assert "Odd." in error.info.message
     assert error.info.details == {"fault": "vim.fault.GenericVmConfigFault"}
-
-
-def test_what_a_checkpoint_raises_passes_untouched():
-    class Cancelled(Exception):
-        pass
-
-    with pytest.raises(Cancelled), reported("waiting"):
-        raise Cancelled
-    with pytest.raises(FarshoreError), reported("waiting"):
-        raise BrokenPipeError

@@ -96,10 +96,17 @@ async def test_a_long_silence_is_bridged_by_keep_alive(control, machine, site_of
     site = site_of(keep_alive=0.05)
     await site.inspect(vm)
     control.clear_requests()
-    deadline = time.monotonic() + 10
-    while calls(control, "CurrentTime") < 3:
-        assert time.monotonic() < deadline
-        await asyncio.sleep(0.02)
+
+    def hours_pass():
+        for _ in range(4):
+            control.advance_clock(1000)  # sessions end after 1800 seconds without use
+            seen = calls(control, "RetrievePropertiesEx")
+            deadline = time.monotonic() + 10
+            while calls(control, "RetrievePropertiesEx") == seen:
+                assert time.monotonic() < deadline
+
+    await asyncio.to_thread(hours_pass)
+    await site.inspect(vm)
     assert calls(control, "Login") == 0
 
 

@@ -12,6 +12,7 @@ from farshore.lab import tls
 from farshore.lab.vcenter.service import LabVCenter
 from farshore.providers.ports import Power, Severity
 from farshore.providers.vsphere import VSphereSite
+from farshore.providers.vsphere.client import Client
 
 MIB = 1 << 20
 
@@ -257,6 +258,22 @@ async def test_off_is_proven_by_a_fresh_read(control, machine, site):
     )
     control.power_on(vm)
     assert (await failure(site.prove_off(vm))).code is Code.FENCE_NOT_PROVEN
+
+
+async def test_a_host_that_vcenter_has_lost_proves_nothing(control, machine, site, monkeypatch):
+    vm = machine(power="poweredOff")
+    read = Client.read
+
+    def stale(self, reference, paths, **rest):
+        values = read(self, reference, paths, **rest)
+        return values | (
+            {"runtime.connectionState": "disconnected"} if "runtime.connectionState" in values else {}
+        )
+
+    monkeypatch.setattr(Client, "read", stale)
+    error = await failure(site.prove_off(vm))
+    assert error.code is Code.FENCE_NOT_PROVEN
+    assert "lost the host" in error.info.message
 
 
 async def test_power_on_is_safe_to_repeat_and_survives_a_lost_answer(control, machine, site):
