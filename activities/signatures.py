@@ -45,7 +45,7 @@ HEARTBEAT = 15.0
 """After a worker's death a step goes on this many seconds later, plus the first retry interval."""
 
 CONTROL = Rules(start_to_close=30, schedule_to_close=600, longest_retry=10)
-SCRIPT = Rules(start_to_close=6 * 3600, heartbeat=HEARTBEAT, attempts=1)
+SCRIPT = Rules(start_to_close=6 * 3600, heartbeat=HEARTBEAT, attempts=3)  # at least once: scripts get a key
 SOURCE = Rules(
     start_to_close=3600, heartbeat=HEARTBEAT, schedule_to_start=120, schedule_to_close=7200, attempts=6
 )

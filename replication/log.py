@@ -58,7 +58,7 @@ class View:
     entries: Mapping[int, tuple[Entry, str]]  # intact ones, with their digests
     damaged: frozenset[int]
     points: tuple[tuple[Manifest, str], ...]  # those that exist, ascending; doomed ones included
-    doomed: frozenset[int]
+    doomed: frozenset[int]  # being removed: no longer listed
     held: Mapping[int, frozenset[str]]  # cycle → hashes of holders
     dooms: Mapping[str, tuple[int, ...]]  # name → cycles
 
@@ -140,7 +140,8 @@ class Log:
             entries=entries,
             damaged=frozenset(damaged),
             points=tuple(_valid_points(entries, damaged)),
-            doomed=frozenset(cycle for cycles in dooms.values() for cycle in cycles),
+            # A hold that a removal met on its way is respected, also if the remover died before it could say so.
+            doomed=frozenset(c for cycles in dooms.values() for c in cycles if not held.get(c)),
             held={cycle: frozenset(holders) for cycle, holders in held.items()},
             dooms=dooms,
         )
@@ -195,18 +196,18 @@ class Log:
         """See the module for the order."""
         manifest = self.manifest(id_of_point)
         name = f"{self.prefix}h/{holder_hash(holder)}-{manifest.cycle:010d}"
+        if self._backend.get(name) is not None:
+            return
         self._backend.put(name, json.dumps({"holder": holder, "point": id_of_point}).encode())
-        try:
-            self.manifest(id_of_point)
-        except FarshoreError as error:
-            if error.code is not Code.POINT_NOT_FOUND:
-                raise
+        view = self.read()
+        condemned = {cycle for cycles in view.dooms.values() for cycle in cycles}
+        if manifest.cycle in condemned or manifest not in (entry for entry, _ in view.points):
             self._backend.delete(name)
             raise FarshoreError(
                 Code.POINT_EXPIRED,
                 f"Retention removed point {id_of_point} of {self.machine} before it could be held.",
                 subject=self.machine,
-            ) from error
+            )
 
     def release(self, holder: str) -> None:
         """Give back all holds of a holder."""

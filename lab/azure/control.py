@@ -176,6 +176,12 @@ class AzureControl:
     def disk_path(self, disk_id: str) -> Path:
         return Path(self._ask("GET", "/disks/path" + _query(id=disk_id))["path"])
 
+    # the page-blob server
+
+    def blob(self, path: str, **body: Any) -> Json:
+        """One call of the blob server's control API; see `farshore.lab.blob.faults.BlobFaults.handle_control`."""
+        return cast(Json, self._ask("POST", f"/blob/{path}", body))
+
     # meddling
 
     def delete_behind(self, resource_id: str) -> None:

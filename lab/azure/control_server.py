@@ -17,14 +17,18 @@ from farshore.lab.azure.groups import drop_file
 from farshore.lab.azure.model import Json, Resource
 from farshore.lab.azure.world import World
 
+BlobControl = Callable[[str, Json | None], Json]
+"""The page-blob server's own control API: (path, body) → answer; ValueError for what it refuses."""
 _Reply = Callable[[web.Request], Awaitable[Any]]
 
 
 class ControlServer:
     """Routes of the control API; `describe` says what the ready line says."""
 
-    def __init__(self, world: World, entra: Entra, describe: Callable[[], Json]) -> None:
-        self._world, self._entra, self._describe = world, entra, describe
+    def __init__(
+        self, world: World, entra: Entra, describe: Callable[[], Json], blob: BlobControl | None
+    ) -> None:
+        self._world, self._entra, self._describe, self._blob = world, entra, describe, blob
         self.app = web.Application()
         table: list[tuple[str, str, _Reply]] = [
             ("GET", "/", self._root),
@@ -45,6 +49,7 @@ class ControlServer:
             ("GET", "/disks/sha256", self._sha256),
             ("GET", "/disks/path", self._path),
             ("POST", "/tokens/expire", self._expire),
+            ("POST", "/blob/{path:.+}", self._blob_call),
         ]
         for method, path, reply in table:
             self.app.router.add_route(method, path, self._wrap(reply))
@@ -55,7 +60,7 @@ class ControlServer:
                 return web.json_response(await reply(request))
             except (ValueError, TypeError) as bad:
                 return web.json_response({"error": str(bad)}, status=400)
-            except LookupError as missing:
+            except (LookupError, FileNotFoundError) as missing:
                 return web.json_response({"error": str(missing)}, status=404)
 
         return handler
@@ -153,6 +158,11 @@ class ControlServer:
 
     async def _path(self, request: web.Request) -> Json:
         return {"path": str(disks.file_of(self._world, self._disk(request)))}
+
+    async def _blob_call(self, request: web.Request) -> Json:
+        if self._blob is None:
+            raise LookupError("this laboratory has no storage account of its own")
+        return await asyncio.to_thread(self._blob, request.match_info["path"], await request.json())
 
     async def _expire(self, _: web.Request) -> Json:
         self._entra.expire()

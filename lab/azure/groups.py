@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import time
-from typing import Any
+from typing import Any, cast
 
 from farshore.lab.azure.model import (
     DISK,
@@ -121,6 +121,7 @@ def delete(world: World, call: Call) -> Answer:
 def _delete_complete(world: World, operation: Operation, _: Any) -> Json:
     group = world.store.get(operation.resource)
     if group is not None:
+        _check_foreign_users(world, group)
         inside = [r for r in world.store.resources.values() if r.group.lower() == group.name.lower()]
         order = {kind: index for index, kind in enumerate(_DELETION_ORDER)}
         for resource in sorted(inside, key=lambda r: order.get(r.type, -1)):
@@ -133,6 +134,35 @@ def _delete_complete(world: World, operation: Operation, _: Any) -> Json:
                 world.store.remove(resource)
         world.store.remove(group)
     return {}
+
+
+def _check_foreign_users(world: World, group: Resource) -> None:
+    """Raises: ArmError 409 while a machine or interface of another group uses something of this one."""
+    prefix = group.key + "/"
+    for user in [*world.store.of_type(VM), *world.store.of_type(NIC)]:
+        if user.group.lower() == group.name.lower():
+            continue
+        for used in _mentioned(user.properties):
+            if used.lower().startswith(prefix):
+                raise ArmError(
+                    409,
+                    "ResourceGroupDeletionBlocked",
+                    f"Deletion of resource group '{group.name}' failed: {user.id} uses {used}.",
+                    details=[{"code": "InUse", "target": used, "message": f"In use by {user.id}."}],
+                )
+
+
+def _mentioned(value: Any) -> list[str]:
+    """Every `id` inside a document."""
+    if isinstance(value, list):
+        return [id_ for item in cast(list[Any], value) for id_ in _mentioned(item)]
+    if not isinstance(value, dict):
+        return []
+    document = cast(Json, value)
+    own = [document["id"]] if isinstance(document.get("id"), str) else []
+    return own + [
+        id_ for name, item in document.items() if name != "virtualMachine" for id_ in _mentioned(item)
+    ]
 
 
 def _delete_fail(world: World, operation: Operation, _: ArmError) -> None:

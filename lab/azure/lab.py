@@ -13,7 +13,7 @@ from aiohttp import web
 
 from farshore.lab import tls
 from farshore.lab.azure import landing, strict
-from farshore.lab.azure.control_server import ControlServer
+from farshore.lab.azure.control_server import BlobControl, ControlServer
 from farshore.lab.azure.entra import Entra
 from farshore.lab.azure.landing import LandingZone
 from farshore.lab.azure.model import Json
@@ -45,8 +45,10 @@ class LabAzure:
         self._ports = {"arm": port, "control": control_port}
         self._recorder = recorder
         self._runners: list[web.AppRunner] = []
+        self._server: ArmServer | None = None
         self._world: World | None = None
         self.entra: Entra | None = None
+        self._blob_control: BlobControl | None = None
         self.base_url = ""
         self.control_url = ""
         self.client_secret = ""
@@ -80,15 +82,16 @@ class LabAzure:
         self._world = world
         entra = self.entra = Entra(world)
         self.client_secret = entra.client_secret
-        server = ArmServer(world, entra)
+        server = self._server = ArmServer(world, entra)
         server.recorder = self._recorder
+        server.warm = asyncio.get_running_loop().run_in_executor(None, strict.warm)
         self.storage_account_id = landing.prepare(world, self.zone)
-        await asyncio.to_thread(strict.warm)
         held: dict[str, int] = world.store.setting("ports", {})
         context = tls.server_context(self.root / "tls")
         arm = await self._serve(server.app, self._ports["arm"] or held.get("arm", 0), context)
         control = await self._serve(
-            ControlServer(world, entra, self.describe).app, self._ports["control"] or held.get("control", 0)
+            ControlServer(world, entra, self.describe, self._blob_control).app,
+            self._ports["control"] or held.get("control", 0),
         )
         world.store.set_setting("ports", {"arm": arm, "control": control})
         self.base_url, self.control_url = f"https://127.0.0.1:{arm}", f"http://127.0.0.1:{control}"
@@ -108,6 +111,8 @@ class LabAzure:
         for runner in self._runners:
             await runner.cleanup()
         self._runners.clear()
+        if self._server is not None:
+            await self._server.warm
         if self._world is not None:
             await self._world.engine.stop()
             self._world.store.close()

@@ -77,15 +77,17 @@ class Engine:
         self._tasks: dict[str, asyncio.Task[None]] = {}
         self._wake: dict[str, asyncio.Event] = {}
         self.operations: dict[str, Operation] = {}
+        self._running: dict[str, Operation] = {}
         for doc in world.store.operations():
             operation = Operation(**doc)
             self.operations[operation.id] = operation
+            if operation.running:
+                self._running[operation.id] = operation
 
     def resume(self) -> None:
         """Go on with what ran when the laboratory ended."""
-        for operation in self.operations.values():
-            if operation.running:
-                self._spawn(operation)
+        for operation in self._running.values():
+            self._spawn(operation)
 
     async def stop(self) -> None:
         """Leave operations as they are; the next start goes on with them."""
@@ -113,7 +115,7 @@ class Engine:
             planned=dict(call.lro.get("planned") or {}),
             visible=now + knobs.consistency_operations,
         )
-        self.operations[operation.id] = operation
+        self.operations[operation.id] = self._running[operation.id] = operation
         self._save(operation)
         self._spawn(operation)
         return operation
@@ -122,9 +124,8 @@ class Engine:
         """Running operations on a resource (lower-case id), and on its children where `below`."""
         return [
             o
-            for o in self.operations.values()
-            if o.running
-            and (o.resource.lower() == key or (below and o.resource.lower().startswith(key + "/")))
+            for o in self._running.values()
+            if o.resource.lower() == key or (below and o.resource.lower().startswith(key + "/"))
         ]
 
     def preempt(self, operation: Operation, code: str, message: str) -> None:
@@ -207,6 +208,8 @@ class Engine:
             store.commit()
 
     def _save(self, operation: Operation) -> None:
+        if not operation.running:
+            self._running.pop(operation.id, None)
         self._world.store.save_operation(operation.id, operation.status, asdict(operation))
 
     # what the wire shows

@@ -44,6 +44,8 @@ class ArmServer:
         self.world = world
         self.entra = entra
         self.recorder: Callable[[Recorded], None] | None = None
+        self.warm: asyncio.Future[None]
+        """Done when the models are loaded; importing them takes a second or two."""
         self._dropped: set[str] = set()
         self.app = web.Application(client_max_size=8 << 20)
         self.app.router.add_route("*", "/{path:.*}", self._handle)
@@ -167,6 +169,7 @@ class ArmServer:
                 ) from bad
         if not isinstance(body, dict):
             raise ArmError(400, "InvalidRequestContent", "The request content must be a JSON object.")
+        await asyncio.shield(self.warm)
         strict.check(route, body)
         return Call(
             route=route,

@@ -56,6 +56,7 @@ class LabAzureWhole(LabAzure):
         temporary.replace(held_file)
         self._account = StorageAccount(name, held["key"], self.blob_server.account_url(name))
         self._blobs = StoreReader(self.store)
+        self._blob_control = self.blob_server.faults.handle_control
         await super().start()
 
     def _bearer(self, token: str) -> bool:

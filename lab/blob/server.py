@@ -47,7 +47,8 @@ class BlobServer:
         self.faults = faults or BlobFaults()
         self._bearer = bearer
         self._stores: dict[str, BlobStore] = {}
-        self._threads = ThreadPoolExecutor(threads, thread_name_prefix="blob")
+        self._thread_count = threads
+        self._threads: ThreadPoolExecutor | None = None
         self._runner: web.ServerRunner | None = None
         self._secure = False
         self.url = ""
@@ -68,6 +69,7 @@ class BlobServer:
         self, host: str = "127.0.0.1", port: int = 0, ssl_context: ssl.SSLContext | None = None
     ) -> None:
         """Listen; port 0 lets the system choose. `url` is set afterwards."""
+        self._threads = ThreadPoolExecutor(self._thread_count, thread_name_prefix="blob")
         server = web.Server(self._handle, read_bufsize=1024 * 1024, access_log=None, lingering_time=2.0)
         self._runner = web.ServerRunner(server, shutdown_timeout=1.0)
         await self._runner.setup()
@@ -78,11 +80,13 @@ class BlobServer:
         self.url = f"{'https' if self._secure else 'http'}://{host}:{bound}"
 
     async def stop(self) -> None:
-        """Stop listening and finish what runs; stores stay open (they are their owner's)."""
+        """Stop listening and finish what runs; stores stay open (they are their owner's). `start` works again."""
         if self._runner is not None:
             await self._runner.cleanup()
             self._runner = None
-        await asyncio.to_thread(self._threads.shutdown, wait=True)
+        if self._threads is not None:
+            await asyncio.to_thread(self._threads.shutdown, wait=True)
+            self._threads = None
 
     # --- one request ----------------------------------------------------------------------------------------
 

@@ -121,7 +121,10 @@ class ChangeTracking:
     def _load(self, number: int) -> int:
         value = self._sealed.get(number)
         if value is None:
-            value = read_int(self._path(number))
+            path = self._path(number)
+            if not path.exists():  # a lost map must not read as "nothing changed"
+                raise StaleChangeIdError(f"map {number} is gone")
+            value = read_int(path)
             self._remember(number, value)
         return value
 

@@ -102,6 +102,7 @@ class Disk:
         self.thin: bool = record.get("thin", True)
         self.live: int = record.get("live", BASE)
         self.links: dict[int, Link] = {}
+        self._ended: list[ChangeTracking] = []
         for number, parent in (record.get("links") or {"0": None}).items():
             self._link(int(number), parent)
         tracking: dict[str, Any] | None = record.get("cbt")
@@ -323,17 +324,22 @@ class Disk:
 
     def start_tracking(self) -> None:
         """Begin an epoch; what is allocated already counts as changed (back-fill)."""
-        previous, self.cbt = self.cbt, None
+        self.stop_tracking()
         tracking = ChangeTracking(self.state, blocks(self.capacity))
         tracking.merge(self.allocated(self.live))
         self.cbt = tracking
-        if previous is not None:
-            previous.remove()
 
     def stop_tracking(self) -> None:
+        """End the epoch. Its maps stay until `sweep`: a kill before the change is persisted brings it back."""
         previous, self.cbt = self.cbt, None
         if previous is not None:
-            previous.remove()
+            previous.close()
+            self._ended.append(previous)
+
+    def sweep(self) -> None:
+        """Delete the maps of ended epochs; to be called once their end is persisted."""
+        while self._ended:
+            self._ended.pop().remove()
 
     # ------------------------------------------------------------------ details
 

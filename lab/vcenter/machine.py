@@ -155,6 +155,8 @@ class Machine(Entity):
         """Persist the metadata and tell collectors."""
         with self.lab.lock:
             self.lab.store.put("vm", self.moid, self.to_json())
+            for disk in self.disks.values():
+                disk.sweep()
         self.touch()
 
     # ------------------------------------------------------------------ properties

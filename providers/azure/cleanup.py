@@ -8,6 +8,7 @@ Nothing without Farshore's tags and the purpose asked for is ever touched. What 
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncIterable, Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -26,7 +27,7 @@ from farshore.providers.azure.staging import Staging
 from farshore.providers.ports import Checkpoint, Purpose, Removal, Resource
 
 ORDER = ("machine", "network-interface", "public-address", "disk", "blob", "network")
-_PATIENCE = 4  # tries of one deletion while it is busy or in use: dependants let go with a delay
+_TRIES_IN_USE = 4  # dependants let go with a delay; what a foreign resource holds is not worth a long wait
 _LONGEST_WAIT = 30.0
 
 
@@ -37,6 +38,10 @@ class Found:
     resource: Resource
     group: str = ""
     vnets: tuple[str, ...] = ()
+
+
+class _InUse(FarshoreError):
+    """Something still refers to the resource."""
 
 
 @dataclass
@@ -115,19 +120,22 @@ class Cleanup:
         found = await self.find(purpose=purpose, plan=plan, run=run, machine=machine, except_run=except_run)
         tally = _Tally()
         gate = asyncio.Semaphore(self._settings.removal_parallel)
+        until = time.monotonic() + self._settings.removal_patience
         for kind in ORDER:
             batch = [f for f in found if f.resource.kind == kind]
             if not batch:
                 continue
             checkpoint({"step": f"remove {kind}", "deleted": len(tally.deleted), "of": len(found)})
-            await self._batch(batch, gate, tally)
+            await self._batch(batch, gate, tally, until)
         return Removal(deleted=tuple(tally.deleted), leftovers=tuple(tally.left))
 
-    async def _batch(self, batch: Sequence[Found], gate: asyncio.Semaphore, tally: _Tally) -> None:
+    async def _batch(
+        self, batch: Sequence[Found], gate: asyncio.Semaphore, tally: _Tally, until: float
+    ) -> None:
         async def one(found: Found) -> None:
             async with gate:
                 try:
-                    await self._delete(found)
+                    await self._delete(found, until)
                 except FarshoreError as error:
                     tally.left.append((found.resource, error.info.message))
                 else:
@@ -137,20 +145,23 @@ class Cleanup:
             for found in batch:
                 group.create_task(one(found))
 
-    async def _delete(self, found: Found) -> None:
-        for attempt in range(1, _PATIENCE + 1):
+    async def _delete(self, found: Found, until: float) -> None:
+        """Delete, waiting for what is busy until `until`, and a few times for what is in use."""
+        attempt = 0
+        while True:
+            attempt += 1
             try:
                 await self._delete_once(found)
                 return
             except FarshoreError as error:
-                if attempt == _PATIENCE or not error.retryable:
+                wait = error.retry_after
+                if wait is None:
+                    wait = self._settings.polling_interval * min(attempt, 4)
+                wait = min(wait, _LONGEST_WAIT)
+                held = isinstance(error, _InUse) and attempt >= _TRIES_IN_USE
+                if held or not error.retryable or time.monotonic() + wait > until:
                     raise
-                wait = (
-                    error.retry_after
-                    if error.retry_after is not None
-                    else self._settings.polling_interval * attempt
-                )
-                await asyncio.sleep(min(wait, _LONGEST_WAIT))
+                await asyncio.sleep(wait)
 
     async def _delete_once(self, found: Found) -> None:
         name, kind = found.resource.name, found.resource.kind
@@ -174,7 +185,7 @@ class Cleanup:
                 return
             shown = classify(error, doing=doing, subject=name)
             if is_in_use(error):
-                raise FarshoreError(
+                raise _InUse(
                     Code.TARGET_BUSY, shown.info.message, subject=name, details=shown.info.details
                 ) from error
             raise shown from error

@@ -8,6 +8,7 @@ from typing import Any
 from azure.core.polling import AsyncLROPoller
 from azure.mgmt.compute import models as cm
 
+from farshore.domain.errors import Code, FarshoreError
 from farshore.providers.azure import names
 from farshore.providers.azure.client import AzureClients
 from farshore.providers.azure.ensure import Ensurer, Wanted, tags_of
@@ -55,8 +56,15 @@ class Disks:
 
         def stale(found: cm.Disk) -> str:
             held = names.read_tag(tags_of(found), names.POINT)
-            if held == tags[names.POINT] or found.managed_by:
+            if held == tags[names.POINT]:
                 return ""
+            if found.managed_by:
+                raise FarshoreError(
+                    Code.NAME_TAKEN,
+                    f"Disk {name} holds point {held or 'unknown'}, not {request.point}, and a machine uses it already.",
+                    subject=spec.machine,
+                    action="Remove the machine, then run again with the other point.",
+                )
             return f"it holds point {held or 'unknown'}"
 
         wanted = Wanted[cm.Disk](

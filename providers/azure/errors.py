@@ -44,6 +44,8 @@ def _table() -> dict[str, Code]:
         "ResourceCountExceedsLimitDueToTemplate MaxStorageAccountsCountPerSubscriptionExceeded",
         Code.ADDRESS_IN_USE: "PrivateIPAddressInUse PrivateIPAddressIsAllocated IPAddressInUse SubnetIsFull "
         "PrivateIPAddressIsBeingUsed PublicIPAddressInUse",
+        Code.ACTION_TIMEOUT: "VMExtensionProvisioningTimeout",
+        Code.MACHINE_NOT_RUNNING: "VMAgentStatusCommunicationError",
         Code.REPLICA_DAMAGED: "InvalidVhd InvalidVhdFooter",
         Code.NETWORK_NOT_FOUND: "SubnetNotFound VirtualNetworkNotFound NetworkSecurityGroupNotFound",
         Code.ACCESS_DENIED: "AuthorizationFailed LinkedAuthorizationFailed LinkedAccessCheckFailed "

@@ -31,10 +31,16 @@ def wrap(script: str, *, windows: bool) -> Call:
     """A call for `script`; a shebang is honoured on Linux, Windows scripts are PowerShell."""
     marker = f"farshore-exit-{secrets.token_hex(8)}:"
     if windows:
-        text = base64.b64encode(script.encode("utf-16-le")).decode()
+        # A file, because a command line is short; with a mark of its encoding, which old PowerShell needs.
+        text = base64.b64encode(b"\xef\xbb\xbf" + script.encode()).decode()
         lines = (
-            f"powershell.exe -NoProfile -NonInteractive -ExecutionPolicy Bypass -EncodedCommand {text}",
+            '$file = Join-Path ([IO.Path]::GetTempPath()) ("farshore-" + [guid]::NewGuid() + ".ps1")',
+            "[IO.File]::WriteAllBytes($file, [Convert]::FromBase64String(@'",
+            *textwrap.wrap(text, 1000),
+            "'@))",
+            "powershell.exe -NoProfile -NonInteractive -ExecutionPolicy Bypass -File $file",
             "$code = $LASTEXITCODE",
+            "Remove-Item -Force $file",
             f'Write-Output ""; Write-Output "{marker}$code"',
         )
         return Call("RunPowerShellScript", lines, marker)

@@ -39,4 +39,7 @@ class AzureSettings:
         True  # False: import the blob snapshot's own address (unconfirmed on real Azure)
     )
     disk_sku: str = "StandardSSD_LRS"
+    removal_patience: float = (
+        240.0  # how long a clean-up waits for what is busy, e.g. an interface that stays reserved
+    )
     removal_parallel: int = 8  # deletions at a time inside one kind of resource

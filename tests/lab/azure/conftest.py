@@ -140,6 +140,7 @@ class Azure:
             told["blob"],
             credential={"account_name": told["account"], "account_key": told["account_key"]},
             connection_verify=self.lab.ca_file,
+            retry_total=0,
         )
 
     async def vhd(

@@ -225,3 +225,11 @@ async def test_the_storage_account_is_a_resource_with_keys(azure) -> None:
 async def test_an_unknown_knob_is_refused(azure) -> None:
     with pytest.raises(ControlError, match="unknown knob colour"):
         await azure.ctl(azure.control.turn, colour="red")
+
+
+async def test_the_blob_servers_faults_are_reached_through_the_same_control_port(azure) -> None:
+    await azure.ctl(azure.control.blob, "outage", kind="503")
+    with pytest.raises(HttpResponseError):
+        await azure.vhd("d.vhd", {})
+    await azure.ctl(azure.control.blob, "outage", kind="")
+    assert await azure.vhd("d.vhd", {})

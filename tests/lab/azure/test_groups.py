@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 
 import pytest
+from azure.core.exceptions import HttpResponseError
 
 
 async def _list(pages) -> list:
@@ -38,6 +39,18 @@ async def test_a_group_being_deleted_takes_nothing_new(azure, finish) -> None:
         await azure.disk("d", "t-1")
     assert await azure.ctl(azure.control.release) == 1
     await poller.result()
+
+
+async def test_a_group_whose_parts_others_use_is_not_deleted(azure, finish) -> None:
+    await azure.resources.resource_groups.create_or_update("t-1", {"location": "westeurope"})
+    await azure.vm("vm1", "t-1")  # its interface lies in a subnet of farshore-dr
+    with pytest.raises(HttpResponseError) as caught:
+        await finish(azure.resources.resource_groups.begin_delete("farshore-dr"))
+    assert caught.value.error.code == "ResourceGroupDeletionBlocked"
+    assert (
+        await azure.resources.resource_groups.get("farshore-dr")
+    ).properties.provisioning_state == "Succeeded"
+    await finish(azure.resources.resource_groups.begin_delete("t-1"))
 
 
 async def test_repeating_the_creation_of_a_group_creates_nothing(azure) -> None:

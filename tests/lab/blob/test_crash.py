@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import signal
+import subprocess
 import threading
 from pathlib import Path
 
@@ -80,8 +81,19 @@ class Writer:
 @pytest.mark.parametrize("kills", [4, pytest.param(25, marks=pytest.mark.slow)])
 def test_acknowledged_writes_survive_sigkill_and_nothing_is_torn(tmp_path: Path, words, kills: int):
     writer = crash_and_check(tmp_path, words, kills)
-    assert writer.count > 5 * kills
+    assert writer.count >= 20 * kills
     assert writer.snapshots
+    assert writer.manifests
+
+
+def kill_in_the_middle(process: subprocess.Popen[bytes], writer: Writer) -> None:
+    """SIGKILL after some more requests, at no particular moment of one."""
+    until = writer.count + writer.random.randint(20, 80)
+    pause = writer.random.uniform(0, 0.01)
+    while writer.count < until and process.poll() is None:
+        threading.Event().wait(0.0005)
+    threading.Event().wait(pause)
+    process.send_signal(signal.SIGKILL)
 
 
 def crash_and_check(root: Path, words, kills: int, code: str = "") -> Writer:
@@ -97,10 +109,10 @@ def crash_and_check(root: Path, words, kills: int, code: str = "") -> Writer:
             writer.check(container)
             if kill == kills:
                 break
-            timer = threading.Timer(writer.random.uniform(0.1, 0.6), process.send_signal, (signal.SIGKILL,))
-            timer.start()
+            killer = threading.Thread(target=kill_in_the_middle, args=(process, writer))
+            killer.start()
             writer.run(container)
-            timer.join()
+            killer.join()
             assert process.wait(10) == -signal.SIGKILL
             service.close()
         finally:
@@ -134,7 +146,7 @@ __main__.main()
 
 
 def test_this_check_notices_an_acknowledgement_before_the_commit(tmp_path: Path, words):
-    with pytest.raises(AssertionError, match="region|>="):
+    with pytest.raises((AssertionError, AzureError)):  # writes are gone, or the whole container
         crash_and_check(tmp_path, words, kills=3, code=LATE_COMMIT)
 
 

@@ -484,3 +484,21 @@ def test_snapshots_under_concurrent_writers_are_whole_and_of_their_moment(tmp_pa
             assert data == found.to_bytes(8, "big") * (size // 8), "torn"
             assert before[i] <= found <= after[i]
     store.close()
+
+
+def test_a_stopped_server_starts_again_on_its_port(lab, loop_thread, words):
+    from farshore.lab.blob.server import BlobServer
+
+    server = BlobServer(lab.store)
+    loop_thread.run(server.start())
+    url = server.url
+    loop_thread.run(server.stop())
+    loop_thread.run(server.start(port=int(url.rsplit(":", 1)[1])))
+    try:
+        with BlobServiceClient(
+            server.account_url("farshorelab"), credential=lab.key, retry_total=0
+        ) as client:
+            client.create_container("again")
+        assert server.url == url
+    finally:
+        loop_thread.run(server.stop())

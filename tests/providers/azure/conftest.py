@@ -39,6 +39,7 @@ def azure(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Azure]:
             storage_key=about["account_key"],
             polling_interval=0.02,
             checkpoint_interval=0.05,
+            removal_patience=5,
         )
         service = BlobServiceClient(
             settings.blob_endpoint,

@@ -355,6 +355,23 @@ async def test_another_point_in_the_same_run_replaces_the_disk(
     assert len(cloud.there(world.tag)) == 1
 
 
+async def test_a_disk_in_use_is_not_replaced_by_another_point(
+    site: AzureSite, cloud: Azure, world: World
+) -> None:
+    _, disk, _ = await world.machine(site)
+    before = cloud.control.disk_sha256(disk.id)
+    with pytest.raises(FarshoreError, match="a machine uses it already") as caught:
+        await site.create_disk(
+            world.owner(),
+            world.spec(),
+            world.request(world.replica(), point="p-0000000002-ffffffff"),
+            resume={},
+            checkpoint=Notes(),
+        )
+    assert caught.value.code is Code.NAME_TAKEN
+    assert cloud.control.disk_sha256(disk.id) == before
+
+
 async def test_a_point_whose_snapshot_is_gone_has_expired(site: AzureSite, world: World) -> None:
     handle = world.replica()
     gone = handle.split("?", 1)[0] + "?snapshot=2020-01-01T00:00:00.0000000Z"

@@ -151,6 +151,19 @@ async def test_a_busy_deletion_is_tried_again_in_the_same_call(
     assert len(removal.deleted) == 1
 
 
+async def test_what_a_foreign_machine_holds_is_left_over_without_a_long_wait(
+    site: AzureSite, cloud: Azure, world: World
+) -> None:
+    owner = world.owner()
+    machine, disk, nic = await world.machine(site, owner)
+    cloud.control.change_behind(machine.id, {"tags": {"owner": "somebody"}})
+    removal = await site.remove(purpose=Purpose.FAILOVER, run=owner.run, checkpoint=Notes())
+    assert removal.deleted == ()
+    assert {r for r, _ in removal.leftovers} == {disk, nic}
+    assert all(machine.name in why for _, why in removal.leftovers)
+    assert machine.id in cloud.there(world.tag)
+
+
 async def test_a_clean_up_that_was_killed_is_finished_by_the_next(
     cloud: Azure, site: AzureSite, world: World
 ) -> None:
