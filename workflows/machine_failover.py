@@ -319,7 +319,7 @@ class MachineFailover:
         """A rerun or a change of point replaces what an earlier run of this machine made."""
         gone = await run_step(
             s.REMOVE_RESOURCES,
-            m.RemoveCall(**self._owned(plan=""), except_run=self._in.run),
+            m.RemoveCall(**self._owned(plan="", run=""), except_run=self._in.run),
             queue=self._in.spec.target_queue,
             summary=self._say("removing what an earlier run left"),
         )

@@ -141,8 +141,8 @@ class Engine:
         """Let stuck operations (all, or one) end now; returns how many."""
         stuck = [
             o
-            for o in self.operations.values()
-            if o.running and o.due is None and (id_ is None or o.id == id_)
+            for o in self._running.values()
+            if o.due is None and (id_ is None or o.id == id_)
         ]
         for operation in stuck:
             operation.due = time.time()

@@ -19,6 +19,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime, timedelta
 from typing import Any, TypeVar
+from urllib.parse import quote
 
 from azure.core import MatchConditions
 from azure.core.credentials import AzureNamedKeyCredential
@@ -362,22 +363,28 @@ class AzureReplicaStore(BackendStore):
         With `sas_seconds` a signature for reading this snapshot is appended, valid that long. Such an address is a
         secret: it belongs into no history and no log. Makes no request.
         """
-        name, snapshot = parse_handle(handle)
-        blob = self._blobs.get_blob_client(self._settings.container, name, snapshot=snapshot)
-        if sas_seconds is None:
-            return str(blob.url)
-        now = datetime.now(UTC)
-        signature = generate_blob_sas(
-            self._settings.storage_account,
-            self._settings.container,
-            name,
-            snapshot=snapshot,
-            account_key=self._settings.storage_key,
-            permission=BlobSasPermissions(read=True),
-            start=now - timedelta(minutes=15),  # clocks differ
-            expiry=now + timedelta(seconds=sas_seconds),
-        )
-        return f"{blob.url}&{signature}"
+        return snapshot_url(self._settings, handle, sas_seconds=sas_seconds)
+
+
+def snapshot_url(settings: AzureSettings, handle: str, *, sas_seconds: float | None = None) -> str:
+    """See `AzureReplicaStore.blob_url`; needs no store."""
+    name, snapshot = parse_handle(handle)
+    path = f"{quote(settings.container)}/{quote(name, safe='~/')}"
+    url = f"{settings.blob_endpoint.rstrip('/')}/{path}?snapshot={snapshot}"
+    if sas_seconds is None:
+        return url
+    now = datetime.now(UTC)
+    signature = generate_blob_sas(
+        settings.storage_account,
+        settings.container,
+        name,
+        snapshot=snapshot,
+        account_key=settings.storage_key,
+        permission=BlobSasPermissions(read=True),
+        start=now - timedelta(minutes=15),  # clocks differ
+        expiry=now + timedelta(seconds=sas_seconds),
+    )
+    return f"{url}&{signature}"
 
 
 class _Taken(Exception):

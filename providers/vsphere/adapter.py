@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
 from functools import partial
 from typing import Any, TypeVar
+from urllib.parse import unquote
 
 from farshore.domain.errors import Code, FarshoreError
 from farshore.providers.ports import Checkpoint, FenceProof, Power, Shutdown, SourceMachine
@@ -116,7 +117,7 @@ class VSphereSite:
             cpus=int(hardware.numCPU) if hardware is not None else 0,
             memory_mib=int(hardware.memoryMB) if hardware is not None else 0,
             disks=disks,
-            nics=machine.nics,
+            nics=machine.nics(self._network_names(machine)),
             findings=findings,
         )
 
@@ -296,6 +297,13 @@ class VSphereSite:
                     raise
                 found[int(device.key)] = f"its descriptor cannot be read ({exc.info.message})"
         return found
+
+    def _network_names(self, machine: Machine) -> dict[str, str]:
+        networks = list(machine.values.get("network") or ())
+        rows = self._client.read_many(
+            networks, ("name",), kind=vim.Network, doing="reading networks", subject=machine.name
+        )
+        return {moid: unquote(str(row.get("name", ""))) for moid, row in rows.items()}
 
     def _datastore_types(self, machine: Machine) -> dict[str, str]:
         """Type by name of the machine's datastores."""

@@ -193,16 +193,26 @@ class Client:
         return self.read_many([reference], paths, doing=doing, subject=subject).get(reference._GetMoId(), {})
 
     def read_many(
-        self, references: Sequence[Any], paths: Sequence[str], *, doing: str, subject: str = ""
+        self,
+        references: Sequence[Any],
+        paths: Sequence[str],
+        *,
+        kind: Any = None,
+        doing: str,
+        subject: str = "",
     ) -> dict[str, dict[str, Any]]:
-        """Properties of objects of one type, by moid. A vanished object is SourceMachineNotFound."""
+        """Properties of objects of one type (or one base type, `kind`), by moid.
+
+        A vanished object is SourceMachineNotFound.
+        """
         if not references:
             return {}
         collector = vmodl.query.PropertyCollector
         spec = collector.FilterSpec(
             objectSet=[collector.ObjectSpec(obj=ref) for ref in references],
-            propSet=[collector.PropertySpec(type=type(references[0]), pathSet=list(paths))],
+            propSet=[collector.PropertySpec(type=kind or type(references[0]), pathSet=list(paths))],
         )
+        self.ensure_login()
         rows = self.call(doing, lambda: self._retrieve([spec]), subject=subject)
         return {ref._GetMoId(): values for ref, values in rows}
 

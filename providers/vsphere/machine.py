@@ -33,6 +33,7 @@ PATHS = (
     "capability.changeTrackingSupported",
     "snapshot",
     "datastore",
+    "network",
 )
 _POWER = {"poweredOn": Power.ON, "poweredOff": Power.OFF, "suspended": Power.SUSPENDED}
 
@@ -115,23 +116,25 @@ class Machine:
     def foreign_snapshots(self) -> list[SnapshotEntry]:
         return [s for s in self.snapshots if not s.name.startswith(PREFIX)]
 
-    @property
-    def nics(self) -> tuple[SourceNic, ...]:
-        """Network adapters with the addresses that the guest reports (nothing when tools are not running)."""
-        guest = {
-            str(net.macAddress).lower(): net
-            for net in self.values.get("guest.net") or ()
-            if net.macAddress is not None
+    def nics(self, networks: Mapping[str, str]) -> tuple[SourceNic, ...]:
+        """Network adapters with the addresses that the guest reports (nothing when tools are not running).
+
+        `networks`: name by moid, for adapters on distributed port groups, which are named by key.
+        """
+        reported = {
+            str(net.macAddress).lower(): net for net in self.values.get("guest.net") or () if net.macAddress
         }
         found: list[SourceNic] = []
         for device in self.devices:
             if not isinstance(device, vim.vm.device.VirtualEthernetCard):
                 continue
             mac = str(device.macAddress or "").lower()
-            net = guest.get(mac)
+            net = reported.get(mac)
             addresses = tuple(str(a) for a in (net.ipAddress or ())) if net is not None else ()
-            network = str(net.network) if net is not None and net.network else _network_name(device.backing)
-            found.append(SourceNic(label=label(device), mac=mac, network=network, addresses=addresses))
+            name = _network_name(device.backing, networks) or (
+                str(net.network or "") if net is not None else ""
+            )
+            found.append(SourceNic(label=label(device), mac=mac, network=name, addresses=addresses))
         return tuple(found)
 
     @property
@@ -180,9 +183,12 @@ def utc(moment: datetime) -> datetime:
     return moment.replace(tzinfo=UTC) if moment.tzinfo is None else moment.astimezone(UTC)
 
 
-def _network_name(backing: Any) -> str:
+def _network_name(backing: Any, networks: Mapping[str, str]) -> str:
     if isinstance(backing, vim.vm.device.VirtualEthernetCard.DistributedVirtualPortBackingInfo):
-        return str(backing.port.portgroupKey or "")
+        key = str(backing.port.portgroupKey or "")
+        return networks.get(key, key)
+    if isinstance(backing, vim.vm.device.VirtualEthernetCard.OpaqueNetworkBackingInfo):
+        return str(backing.opaqueNetworkId or "")
     return str(getattr(backing, "deviceName", "") or "")
 
 

@@ -11,7 +11,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime
 from typing import Any
 
 from farshore.domain.errors import Code, FarshoreError
@@ -27,8 +27,7 @@ from farshore.providers.vsphere.machine import PREFIX, Machine, SnapshotEntry
 from farshore.providers.vsphere.snapshots import Snapshots, best_effort
 from farshore.replication.ports import DiskState, Extent, FullCopyNeeded
 
-MEMORY = 256  # change ids whose time is remembered
-REVERT_MEMORY = timedelta(days=7)  # how far back a source without memory looks for reverts
+EVENTS = 1000  # the most that one question to the event log answers
 
 log = logging.getLogger(__name__)
 
@@ -61,9 +60,6 @@ class VSphereSource:
         self._name, self._source, self._tick = machine, source, tick
         self._datastore_types = datastore_types
         self._descriptors: dict[tuple[str, str, int], tuple[descriptor.FlatExtent, ...]] = {}
-        self._created: dict[
-            tuple[str, str], datetime
-        ] = {}  # by disk key and change id: when, by the server's clock
 
     def cut(self, name: str, *, want: Consistency) -> VSphereCut:
         """Take one snapshot over all disks, after removing what a predecessor left.
@@ -94,11 +90,6 @@ class VSphereSource:
         except BaseException:  # also a cancel: the snapshot must not stay
             best_effort(lambda: snapshots.remove(node.reference, name), f"removal of snapshot {name}")
             raise
-        for disk in disks.values():
-            if disk.state.tracker is not None:
-                self._created[disk.state.key, disk.state.tracker] = node.created
-        while len(self._created) > MEMORY:
-            del self._created[next(iter(self._created))]
         return VSphereCut(
             self._client,
             self._folder,
@@ -108,7 +99,6 @@ class VSphereSource:
             taken_at=taken,
             consistency=_achieved(node, machine),
             disks=disks,
-            reverted=self._reverted,
         )
 
     def reap(self) -> list[str]:
@@ -158,7 +148,7 @@ class VSphereSource:
                 raise FarshoreError(
                     Code.SOURCE_NOT_ELIGIBLE, f"{where} cannot be replicated: {reason}.", subject=machine.name
                 )
-            state = state_of(device, boot=device.key == machine.boot_key)
+            state = state_of(device, boot=device.key == machine.boot_key, created=node.created)
             found[state.key] = _Disk(
                 state,
                 int(device.key),
@@ -180,20 +170,6 @@ class VSphereSource:
             known = read_descriptor(self._folder, entry, device)
             self._descriptors[key] = known
         return known
-
-    def _reverted(self, node: SnapshotEntry, since: DiskState) -> str:
-        """When and that the machine was reverted after the cut of `since`; "" when it was not.
-
-        What a revert does to change ids is not documented, so it means a full comparison. The machine's recent tasks
-        (about ten minutes) and the event log are asked, since the cut of `since`, or for the last days where this
-        process did not make that cut.
-        """
-        entry = self._inventory.find(self._source)
-        begin = self._created.get((since.key, str(since.tracker)), node.created - REVERT_MEMORY)
-        for moment, kind in Snapshots(self._client, entry).history(begin):
-            if "revert" in kind.lower():
-                return f"the machine was reverted to a snapshot at {moment:%Y-%m-%d %H:%M:%S} UTC"
-        return ""
 
     @staticmethod
     def _taken_at(node: SnapshotEntry, asked: datetime) -> datetime:
@@ -218,14 +194,12 @@ class VSphereCut:
         taken_at: datetime,
         consistency: Consistency,
         disks: dict[str, _Disk],
-        reverted: Callable[[SnapshotEntry, DiskState], str],
     ) -> None:
         self._client, self._folder, self._snapshots = client, folder, snapshots
         self._entry, self._node = entry, node
         self._snapshot: Any = client.bind(node.reference)
         self._taken_at, self._consistency = taken_at, consistency
         self._disks = disks
-        self._reverted = reverted
         self._released = False
         self._release_lock = threading.Lock()
         self._frozen_lock = threading.Lock()
@@ -253,13 +227,31 @@ class VSphereCut:
         size = disk.state.size
         if since is None:
             return iter([Extent(0, size)] if size else [])
-        reason = resync_reason(disk.state, since) or self._reverted(self._node, since)
+        reason = resync_reason(disk.state, since) or self._reverted(since)
         if reason:
             raise FullCopyNeeded(reason)
+        change_id, _ = parse_tracker(since.tracker or "")
         try:
-            return iter(areas.collect(size, lambda offset: self._query(disk, offset, str(since.tracker))))
+            return iter(areas.collect(size, lambda offset: self._query(disk, offset, change_id)))
         except areas.NotCovered as exc:
             raise FullCopyNeeded(f"the answer of change tracking has a gap: {exc}") from exc
+
+    def _reverted(self, since: DiskState) -> str:
+        """That the machine was reverted after the cut of `since`, and when; "" when it was not.
+
+        What a revert does to change ids is not documented, so it means a full comparison. The machine's recent tasks
+        (about ten minutes) and the event log are asked, both by the server's clock.
+        """
+        _, begin = parse_tracker(since.tracker or "")
+        if begin is None:
+            return f"the last point of {since.label} does not say when it was taken"
+        history = self._snapshots.history(begin)
+        for moment, kind in history:
+            if "revert" in kind.lower():
+                return f"the machine was reverted to a snapshot at {moment:%Y-%m-%d %H:%M:%S} UTC"
+        if len(history) >= EVENTS:
+            return "the event log since the last point is too long to be searched for reverts"
+        return ""
 
     def _query(self, disk: _Disk, offset: int, change_id: str) -> areas.Window:
         doing = f"asking for changed areas of {disk.state.label}"
@@ -325,17 +317,30 @@ class VSphereCut:
 # -- rules -------------------------------------------------------------------------------------------------------
 
 
-def state_of(device: Any, *, boot: bool) -> DiskState:
-    """The state of a frozen disk. The frozen link under our snapshot is the base, so its path is stable."""
+def state_of(device: Any, *, boot: bool, created: datetime) -> DiskState:
+    """The state of a frozen disk. The frozen link under our snapshot is the base, so its path is stable.
+
+    The tracker is the change id with the time of the cut by the server's clock: `<change id>@<time>`.
+    """
     backing = device.backing
+    change_id = getattr(backing, "changeId", None)
     return DiskState(
         key=str(device.key),
         label=machines.label(device),
         size=machines.capacity(device),
         identity=f"{backing.uuid or ''}|{backing.fileName}|{device.key}",
-        tracker=getattr(backing, "changeId", None) or None,
+        tracker=f"{change_id}@{created.isoformat()}" if change_id else None,
         boot=boot,
     )
+
+
+def parse_tracker(tracker: str) -> tuple[str, datetime | None]:
+    """Change id and time of the cut out of a tracker."""
+    change_id, _, moment = tracker.rpartition("@")
+    try:
+        return (change_id, datetime.fromisoformat(moment)) if change_id else (tracker, None)
+    except ValueError:
+        return tracker, None
 
 
 def resync_reason(now: DiskState, since: DiskState) -> str:
@@ -349,7 +354,7 @@ def resync_reason(now: DiskState, since: DiskState) -> str:
         return f"the size of {label} changed from {since.size} to {now.size} bytes"
     if now.identity != since.identity:
         return f"{label} is another disk or was moved: {since.identity} became {now.identity}"
-    if areas.epoch(now.tracker) != areas.epoch(since.tracker):
+    if areas.epoch(parse_tracker(now.tracker)[0]) != areas.epoch(parse_tracker(since.tracker)[0]):
         return f"change tracking of {label} was reset"
     return ""
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from farshore.contract.client import FarshoreClient
 from farshore.lab.stack import Stack
 
@@ -83,10 +84,17 @@ def make_stack(tmp_path: Path) -> Iterator[Callable[..., Stack]]:
     """Start a stack of one's own; it is ended with the test."""
     made: list[Stack] = []
 
-    def make(*, interval: str = "2s", manual: bool = False, machines: Any = MACHINES, leg: float = 3600.0) -> Stack:
+    def make(
+        *, interval: str = "2s", manual: bool = False, machines: Any = MACHINES, leg: float = 3600.0
+    ) -> Stack:
         root = tmp_path / f"stack{len(made)}"
         root.mkdir()
-        stack = Stack(root, machines=machines, plans=write_plans(root / "plans", interval=interval, manual=manual), leg=leg)
+        stack = Stack(
+            root,
+            machines=machines,
+            plans=write_plans(root / "plans", interval=interval, manual=manual),
+            leg=leg,
+        )
         made.append(stack)
         stack.start()
         return stack
@@ -120,5 +128,3 @@ async def until(what: str, ready: Callable[[], Any], seconds: float = 90.0) -> A
         if asyncio.get_running_loop().time() > end:
             raise AssertionError(f"{what}: not within {seconds:.0f} s")
         await asyncio.sleep(0.2)
-
-

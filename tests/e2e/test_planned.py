@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import pytest
+
 from farshore.contract.client import RunFailed
 from farshore.contract.runs import FailoverInput, PointsInput, RunKind
 from farshore.lab.demo.application import prove
-
 from tests.e2e.conftest import until
 from tests.e2e.helpers import (
     NAMES,
@@ -21,7 +21,9 @@ from tests.e2e.helpers import (
 pytestmark = pytest.mark.timeout(400)
 
 
-async def test_a_plan_is_rehearsed_cleaned_up_failed_over_moved_to_another_point_and_committed(make_stack, connect):
+async def test_a_plan_is_rehearsed_cleaned_up_failed_over_moved_to_another_point_and_committed(
+    make_stack, connect
+):
     stack = make_stack()
     client = await connect(stack)
     await protect(client)

@@ -5,9 +5,9 @@ from __future__ import annotations
 import time
 
 import pytest
+
 from farshore.contract.runs import Confirmation, FailoverInput, RunKind, RunStatus
 from farshore.lab.demo.application import prove
-
 from tests.e2e.conftest import until
 from tests.e2e.helpers import NAMES, approve, fail_over, last_ack, newest_points, point_counts, protect
 
@@ -56,13 +56,17 @@ async def test_a_dead_source_site_costs_exactly_what_was_written_after_the_newes
         assert lost > 0, "the source wrote on after the point, or this test proves nothing"
         age = killed_ns / 1e9 - row.point.taken_at.timestamp()
         # 25 records a second: the records lost span the age of the point, give or take scheduling of the writer
-        assert lost / 25 == pytest.approx(age, abs=max(1.5, 0.5 * age)), f"{name}: lost {lost}, point {age:.1f} s old"
+        assert lost / 25 == pytest.approx(age, abs=max(1.5, 0.5 * age)), (
+            f"{name}: lost {lost}, point {age:.1f} s old"
+        )
         assert (at_ns / 1e9 - row.point.taken_at.timestamp()) <= age + 0.5
         assert row.data_loss_seconds is not None
         assert row.data_loss_seconds >= age - 0.5
 
 
-async def test_an_unplanned_failover_with_the_source_alive_shuts_it_down_and_can_be_cancelled(make_stack, connect):
+async def test_an_unplanned_failover_with_the_source_alive_shuts_it_down_and_can_be_cancelled(
+    make_stack, connect
+):
     stack = make_stack()
     client = await connect(stack)
     await protect(client)

@@ -6,9 +6,9 @@ import asyncio
 import random
 
 import pytest
+
 from farshore.contract.runs import FailoverInput, RunKind, RunStatus
 from farshore.lab.demo.application import prove
-
 from tests.e2e.helpers import NAMES, protect
 
 ROLES = ("control", "east", "westeurope")

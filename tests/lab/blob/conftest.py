@@ -182,7 +182,7 @@ def _azurite_script() -> Path:
                 f"azurite@{AZURITE_VERSION}",
             ]
             try:
-                subprocess.run(command, check=True, capture_output=True, timeout=180)
+                subprocess.run(command, check=True, capture_output=True, timeout=150)
             except (subprocess.CalledProcessError, subprocess.TimeoutExpired) as e:
                 pytest.skip(f"npm could not install azurite {AZURITE_VERSION}: {e}")
     return package / "dist" / "src" / "blob" / "main.js"

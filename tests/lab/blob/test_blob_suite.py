@@ -494,6 +494,8 @@ def test_lists_have_prefixes_folders_snapshots_and_pages(container, words):
     assert [b.name for b in container.list_blobs(name_starts_with="a/")] == ["a/1", "a/2", "a/b/3"]
     assert [b.name for b in container.walk_blobs(delimiter="/")] == ["a/", "c", "é & <x>"]
     assert sorted(b.name for b in container.walk_blobs("a/", delimiter="/")) == ["a/1", "a/2", "a/b/"]
+    one_by_one = container.walk_blobs(delimiter="/", results_per_page=1).by_page()
+    assert [[b.name for b in page] for page in one_by_one if page] == [["a/"], ["c"], ["é & <x>"]]
     found = list(container.list_blobs(include=["snapshots", "metadata"]))
     assert [b.name for b in found].count("c") == 2
     assert sum(1 for b in found if b.snapshot) == 1

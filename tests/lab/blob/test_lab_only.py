@@ -5,8 +5,10 @@ from __future__ import annotations
 import base64
 import datetime as dt
 import json
+import socket
 import threading
 import time
+from urllib.parse import urlsplit
 
 import pytest
 from azure.core import MatchConditions
@@ -57,6 +59,18 @@ def test_a_difference_across_put_blob_or_to_an_unknown_snapshot_is_refused(lab_c
     disk(lab_container)
     with words.refused(409, "BlobOverwritten"):
         list(blob.list_page_ranges(previous_snapshot=second))
+
+
+def test_a_difference_still_knows_what_a_deleted_snapshot_knew(lab_container, words):
+    blob = disk(lab_container)
+    first = blob.create_snapshot()
+    for page in range(4):
+        blob.upload_page(words.noise(512, page), page * 1024, 512)
+        snapshot = blob.create_snapshot()["snapshot"]
+        if page != 2:
+            lab_container.get_blob_client("disk", snapshot=snapshot).delete_blob()
+    expected = [(page * 1024, page * 1024 + 512, False) for page in range(4)]
+    assert words.ranges(blob.list_page_ranges(previous_snapshot=first)) == expected
 
 
 def test_deleting_snapshots_gives_their_space_back(lab_container, lab, words):
@@ -502,3 +516,38 @@ def test_a_stopped_server_starts_again_on_its_port(lab, loop_thread, words):
         assert server.url == url
     finally:
         loop_thread.run(server.stop())
+
+
+def test_a_body_that_ends_early_writes_nothing(lab_container, lab, words):
+    blob = disk(lab_container)
+    token = generate_blob_sas(
+        lab.account,
+        "disks",
+        "disk",
+        account_key=lab.key,
+        permission=BlobSasPermissions(write=True),
+        expiry=dt.datetime.now(dt.UTC) + dt.timedelta(hours=1),
+    )
+    parts = urlsplit(blob.url)
+    with socket.create_connection((parts.hostname, parts.port)) as s:
+        s.sendall(
+            f"PUT {parts.path}?comp=page&{token} HTTP/1.1\r\nHost: x\r\nContent-Length: 65536\r\n"
+            "x-ms-page-write: update\r\nx-ms-range: bytes=0-65535\r\n\r\n".encode()
+        )
+        s.sendall(words.noise(30_000))
+    words.wait_until(lambda: any(seen.code == "client gone" for seen in lab.faults.log))
+    assert list(blob.list_page_ranges()) == []
+
+
+def test_a_deleted_container_is_gone_with_all_its_files(lab_container, lab, words):
+    blob = disk(lab_container)
+    blob.upload_page(words.noise(512), 0, 512)
+    blob.create_snapshot()
+    lab_container.upload_blob("text", b"hello")
+    lab_container.get_blob_client("waiting").stage_block("one", b"x")
+    lab_container.delete_container()
+    assert list((lab.store.root / "data").iterdir()) == []
+    with words.refused(404, "ContainerNotFound"):
+        blob.get_blob_properties()
+    fresh = lab.service().create_container("disks")
+    assert list(fresh.list_blobs()) == []

@@ -102,7 +102,17 @@ class PageBlobs(RuleBasedStateMachine):
     @precondition(lambda self: self.base.pages > 0)
     @rule(data=st.data())
     def write(self, data) -> None:
-        start, end = data.draw(spans(self.base.pages))
+        self.put(*data.draw(spans(self.base.pages)))
+
+    @precondition(lambda self: self.base.pages > 0)
+    @rule(data=st.data())
+    def write_one_page_and_maybe_snapshot(self, data) -> None:
+        page = data.draw(st.integers(0, min(self.base.pages, 8) - 1))
+        self.put(page, page + 1)
+        if data.draw(st.booleans()):
+            self.snapshot()
+
+    def put(self, start: int, end: int) -> None:
         length = end - start
         self.count += 1
         body = b"".join(self.count.to_bytes(4, "big") * 127 + p.to_bytes(4, "big") for p in range(length))

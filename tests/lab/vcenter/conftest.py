@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import http.client
 import ssl
 import time
@@ -56,7 +57,9 @@ class Client:
         return self
 
     def vm(self, name: str) -> Any:
-        view = self.content.viewManager.CreateContainerView(self.content.rootFolder, [vim.VirtualMachine], True)
+        view = self.content.viewManager.CreateContainerView(
+            self.content.rootFolder, [vim.VirtualMachine], True
+        )
         try:
             return next(v for v in view.view if v.name == name)
         finally:
@@ -93,7 +96,14 @@ class Client:
         return areas
 
     def request(
-        self, method: str, path: str, *, query: str | None = None, cookie: bool = True, body: Any = None, **headers: str
+        self,
+        method: str,
+        path: str,
+        *,
+        query: str | None = None,
+        cookie: bool = True,
+        body: Any = None,
+        **headers: str,
     ) -> tuple[int, dict[str, str], bytes]:
         """One request to /folder; a kept connection is used again."""
         if self.web is None:
@@ -154,7 +164,5 @@ def client(lab: LabVCenter) -> Iterator[Client]:
     try:
         yield made
     finally:
-        try:
+        with contextlib.suppress(vim.fault.NotAuthenticated):  # the test may have ended the session itself
             made.close()
-        except vim.fault.NotAuthenticated:
-            pass  # the test ended the session itself

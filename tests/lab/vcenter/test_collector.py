@@ -13,7 +13,9 @@ from .conftest import MIB, PC, Client, eventually
 
 
 def machines(client: Client, paths: list[str]) -> Any:
-    view = client.content.viewManager.CreateContainerView(client.content.rootFolder, [vim.VirtualMachine], True)
+    view = client.content.viewManager.CreateContainerView(
+        client.content.rootFolder, [vim.VirtualMachine], True
+    )
     step = PC.TraversalSpec(name="v", path="view", type=vim.view.ContainerView)
     return PC.FilterSpec(
         objectSet=[PC.ObjectSpec(obj=view, skip=True, selectSet=[step])],
@@ -54,7 +56,12 @@ def test_results_come_in_pages_and_a_token_is_good_once(client: Client, control:
 def test_paths_reach_into_values_and_keys(client: Client, control: Any, collector: Any) -> None:
     control.create_vm("web", [16 * MIB], num_cpu=3)
     vm = client.vm("web")
-    paths = ["config.hardware.numCPU", "config.hardware.device[2000].backing.fileName", "guest.ipAddress", "snapshot"]
+    paths = [
+        "config.hardware.numCPU",
+        "config.hardware.device[2000].backing.fileName",
+        "guest.ipAddress",
+        "snapshot",
+    ]
     content = collector.RetrieveProperties([one(vm, *paths)])[0]
     values = {p.name: p.val for p in content.propSet}
     assert values[paths[0]] == 3
@@ -172,7 +179,9 @@ def test_a_task_can_be_followed_to_its_end(client: Client, control: Any) -> None
     assert client.vm("web").runtime.powerState == "poweredOff"
 
 
-def test_what_a_session_leaves_open_is_seen_and_goes_with_it(client: Client, control: Any, collector: Any) -> None:
+def test_what_a_session_leaves_open_is_seen_and_goes_with_it(
+    client: Client, control: Any, collector: Any
+) -> None:
     control.create_vm("web", [16 * MIB])
     collector.CreateFilter(machines(client, ["name"]), False)
     collector.CreatePropertyCollector()

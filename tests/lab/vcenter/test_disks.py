@@ -29,7 +29,10 @@ write = st.tuples(
     st.just("write"), st.integers(0, CAPACITY - 1), st.integers(1, 3 * BLOCK), st.integers(1, 255)
 )
 other = st.tuples(
-    st.sampled_from(["snapshot", "remove", "revert", "reopen", "interrupted"]), st.integers(0, 7), st.just(0), st.just(0)
+    st.sampled_from(["snapshot", "remove", "revert", "reopen", "interrupted"]),
+    st.integers(0, 7),
+    st.just(0),
+    st.just(0),
 )
 
 
@@ -86,7 +89,9 @@ def test_every_point_of_the_chain_keeps_its_bytes(steps: list[tuple[str, int, in
 
 @given(st.lists(st.one_of(write, write, st.just("stun")), max_size=25), st.data())
 @settings(max_examples=40, deadline=None)
-def test_change_tracking_names_exactly_the_blocks_written_between_two_ids(steps: list[Any], data: st.DataObject) -> None:
+def test_change_tracking_names_exactly_the_blocks_written_between_two_ids(
+    steps: list[Any], data: st.DataObject
+) -> None:
     with tempfile.TemporaryDirectory() as directory:
         disk = make(Path(directory))
         disk.start_tracking()

@@ -50,7 +50,7 @@ def test_chance_is_seeded(client: Client, control: Any, vm: Any) -> None:
         outcomes = []
         for _ in range(20):
             try:
-                vm.name
+                _ = vm.name
                 outcomes.append(True)
             except vmodl.fault.SystemError:
                 outcomes.append(False)
@@ -80,7 +80,7 @@ def test_a_dropped_request_means_nothing_was_done(client: Client, control: Any, 
 def test_an_http_status_instead_of_soap(client: Client, control: Any, vm: Any) -> None:
     control.add_fault("Fetch", action="status", status=503, vm="web")
     with pytest.raises(Exception, match="503"):
-        vm.name
+        _ = vm.name
 
 
 def test_a_delay(client: Client, control: Any, vm: Any) -> None:
@@ -92,7 +92,10 @@ def test_a_delay(client: Client, control: Any, vm: Any) -> None:
 
 def test_a_task_fails_on_its_way_or_after_its_work(client: Client, control: Any, vm: Any) -> None:
     control.add_fault(
-        "CreateSnapshot_Task", stage="task", fault="vim.fault.NoDiskSpace", percent=30,
+        "CreateSnapshot_Task",
+        stage="task",
+        fault="vim.fault.NoDiskSpace",
+        percent=30,
         fields={"file": "[ds1] web/web-000001.vmdk", "datastore": "ds1"},
     )
     with pytest.raises(vim.fault.NoDiskSpace) as caught:
@@ -130,12 +133,12 @@ def test_a_slow_task_shows_progress(client: Client, control: Any, vm: Any) -> No
 def test_a_defect_of_the_laboratory_is_a_fault_too(client: Client, lab: Any, vm: Any) -> None:
     lab.machine("web").nics = None
     with pytest.raises(vmodl.fault.SystemError, match="general system error"):
-        vm.network
+        _ = vm.network
 
 
 def test_the_request_log_tells_what_happened(client: Client, control: Any, vm: Any) -> None:
     control.clear_requests()
-    vm.name
+    _ = vm.name
     client.request("GET", "web/web-flat.vmdk", Range="bytes=0-1")
     fetch, get = control.requests()[-2:]
     assert (fetch["method"], fetch["target"], fetch["outcome"]) == ("Fetch", "web", "ok")

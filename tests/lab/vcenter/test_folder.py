@@ -28,11 +28,20 @@ def frozen(client: Client, control: Any) -> tuple[Any, bytes]:
 
 def test_ranges_are_right_to_the_byte(client: Client, frozen: tuple[Any, bytes]) -> None:
     _, content = frozen
-    for start, length in ((0, 1), (3 * MIB - 1, 2), (3 * MIB, 2 * MIB), (SIZE - 1, 1), (0, SIZE), (12345, 70000)):
+    for start, length in (
+        (0, 1),
+        (3 * MIB - 1, 2),
+        (3 * MIB, 2 * MIB),
+        (SIZE - 1, 1),
+        (0, SIZE),
+        (12345, 70000),
+    ):
         assert client.read("web/web-flat.vmdk", start, length) == content[start : start + length]
 
 
-def test_a_range_is_cut_at_the_end_and_open_ends_and_suffixes_work(client: Client, frozen: tuple[Any, bytes]) -> None:
+def test_a_range_is_cut_at_the_end_and_open_ends_and_suffixes_work(
+    client: Client, frozen: tuple[Any, bytes]
+) -> None:
     _, content = frozen
     for asked, start, end in (
         (f"bytes={SIZE - 10}-{SIZE + 100}", SIZE - 10, SIZE),
@@ -108,7 +117,9 @@ def test_all_links_of_a_powered_off_machine_are_readable(client: Client, frozen:
     assert client.request("HEAD", "web/web-000001-sesparse.vmdk")[0] == 200
 
 
-def test_an_extent_that_something_else_holds_open_is_500(client: Client, control: Any, frozen: tuple[Any, bytes]) -> None:
+def test_an_extent_that_something_else_holds_open_is_500(
+    client: Client, control: Any, frozen: tuple[Any, bytes]
+) -> None:
     control.hold_extent("web", 0)
     assert client.request("GET", "web/web-flat.vmdk", Range="bytes=0-511")[0] == 500
     control.hold_extent("web", 0, held=False)
@@ -124,12 +135,16 @@ def test_offsets_in_a_delta_extent_are_not_offsets_of_the_disk(client: Client, c
     assert client.read("web/web-000001-sesparse.vmdk", 0, 4096) != b"A" * 4096
 
 
-def test_a_body_that_loses_its_freeze_is_cut_not_torn(client: Client, control: Any, frozen: tuple[Any, bytes]) -> None:
+def test_a_body_that_loses_its_freeze_is_cut_not_torn(
+    client: Client, control: Any, frozen: tuple[Any, bytes]
+) -> None:
     vm, _ = frozen
     control.settings(folder_mib_per_s=8)
     web = http.client.HTTPSConnection("127.0.0.1", client.port, context=client.context, timeout=20)
     try:
-        web.request("GET", "/folder/web/web-flat.vmdk?dcPath=DC0&dsName=ds1", headers={"Cookie": client.cookie})
+        web.request(
+            "GET", "/folder/web/web-flat.vmdk?dcPath=DC0&dsName=ds1", headers={"Cookie": client.cookie}
+        )
         answer = web.getresponse()
         answer.read(MIB)
         control.guest_write("web", 0, 15 * MIB, b"new")
@@ -140,7 +155,9 @@ def test_a_body_that_loses_its_freeze_is_cut_not_torn(client: Client, control: A
         web.close()
 
 
-def test_the_descriptor_says_where_the_bytes_are(client: Client, control: Any, frozen: tuple[Any, bytes]) -> None:
+def test_the_descriptor_says_where_the_bytes_are(
+    client: Client, control: Any, frozen: tuple[Any, bytes]
+) -> None:
     text = client.request("GET", "web/web.vmdk")[2].decode()
     assert 'createType="vmfs"' in text
     assert f'RW {SIZE // 512} VMFS "web-flat.vmdk"' in text
@@ -151,7 +168,9 @@ def test_the_descriptor_says_where_the_bytes_are(client: Client, control: Any, f
     assert 'scsi0:0.fileName = "web-000001.vmdk"' in vmx
 
 
-def test_a_vsan_datastore_shows_a_descriptor_and_no_bytes(client: Client, control: Any, frozen: tuple[Any, bytes]) -> None:
+def test_a_vsan_datastore_shows_a_descriptor_and_no_bytes(
+    client: Client, control: Any, frozen: tuple[Any, bytes]
+) -> None:
     control.set_datastore("ds1", "vsan")
     assert "vsan://" in client.request("GET", "web/web.vmdk")[2].decode()
     assert client.request("GET", "web/web-flat.vmdk")[0] == 404
@@ -190,7 +209,9 @@ def get(client: Client) -> bytes:
 
 
 @pytest.mark.parametrize("action", ["short", "reset", "drop"])
-def test_a_broken_body_never_looks_complete(client: Client, control: Any, frozen: tuple[Any, bytes], action: str) -> None:
+def test_a_broken_body_never_looks_complete(
+    client: Client, control: Any, frozen: tuple[Any, bytes], action: str
+) -> None:
     control.add_fault("GET", stage="folder", action=action, vm="web")
     with pytest.raises((http.client.HTTPException, OSError)):
         get(client)
@@ -206,7 +227,9 @@ def test_faults_of_status_and_wrong_bytes(client: Client, control: Any, frozen: 
     assert get(client) == good
 
 
-def test_a_changed_extent_name_in_the_backing_matches_the_file(client: Client, frozen: tuple[Any, bytes]) -> None:
+def test_a_changed_extent_name_in_the_backing_matches_the_file(
+    client: Client, frozen: tuple[Any, bytes]
+) -> None:
     snapshot = frozen[0].snapshot.currentSnapshot
     name = disks(snapshot)[0].backing.fileName
     assert client.request("HEAD", extent(name))[0] == 200

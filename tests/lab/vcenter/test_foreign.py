@@ -33,7 +33,12 @@ def install(packages: tuple[str, ...]) -> str | None:
     command = ["apt-get", "install", "-y", "--no-install-recommends", *packages]
     try:
         done = subprocess.run(
-            command, capture_output=True, text=True, timeout=240, env={**os.environ, "DEBIAN_FRONTEND": "noninteractive"}
+            command,
+            capture_output=True,
+            text=True,
+            timeout=240,
+            check=False,
+            env={**os.environ, "DEBIAN_FRONTEND": "noninteractive"},
         )
     except (OSError, subprocess.TimeoutExpired) as error:
         return f"apt-get did not work: {error}"
@@ -71,7 +76,12 @@ def govmomi(tmp_path_factory: pytest.TempPathFactory) -> Path:
         }
         partial = work / "gcheck"
         built = subprocess.run(
-            ["go", "build", "-o", str(partial), "gcheck"], env=environment, capture_output=True, text=True, timeout=400
+            ["go", "build", "-o", str(partial), "gcheck"],
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=400,
+            check=False,
         )
         assert built.returncode == 0, built.stderr
         shutil.move(partial, binary)
@@ -85,7 +95,7 @@ def test_govmomi_sees_what_pyvmomi_sees(lab: Any, control: Any, govmomi: Path) -
     done = subprocess.run(
         [str(govmomi), "-url", lab.url, "-user", DEFAULT_USER, "-password", DEFAULT_PASSWORD,
          "-ca", str(lab.ca_file), "-vm", "web"],
-        capture_output=True, text=True, timeout=60,
+        capture_output=True, text=True, timeout=60, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     facts = dict(line.split("=", 1) for line in done.stdout.splitlines())
@@ -118,7 +128,9 @@ def test_govmomi_sees_what_pyvmomi_sees(lab: Any, control: Any, govmomi: Path) -
     assert leaks["open_sessions"] == 0
 
 
-def test_nbdkit_copies_a_frozen_disk_bit_by_bit(client: Client, lab: Any, control: Any, tmp_path: Path) -> None:
+def test_nbdkit_copies_a_frozen_disk_bit_by_bit(
+    client: Client, lab: Any, control: Any, tmp_path: Path
+) -> None:
     need(
         shutil.which("nbdkit") is not None and shutil.which("nbdcopy") is not None,
         "nbdkit with nbdcopy",
@@ -135,7 +147,7 @@ def test_nbdkit_copies_a_frozen_disk_bit_by_bit(client: Client, lab: Any, contro
     done = subprocess.run(
         ["nbdkit", "-r", "curl", f"url=https://127.0.0.1:{lab.port}/folder/db/db-flat.vmdk?dcPath=DC0&dsName=ds1",
          f"cookie={client.cookie}", f"cainfo={lab.ca_file}", "--run", f'nbdcopy "$uri" {out}'],
-        capture_output=True, text=True, timeout=120,
+        capture_output=True, text=True, timeout=120, check=False,
     )  # fmt: skip
     if done.returncode != 0 and "cainfo" in done.stderr and "nrecognized" in done.stderr:
         pytest.skip("this nbdkit-curl cannot be given a CA")

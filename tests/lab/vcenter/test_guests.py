@@ -21,7 +21,9 @@ def vm(client: Client, control: Any) -> Any:
     return client.vm("db")
 
 
-def test_a_guest_shutdown_takes_its_time_and_ends_with_a_shutdown_record(client: Client, control: Any, vm: Any) -> None:
+def test_a_guest_shutdown_takes_its_time_and_ends_with_a_shutdown_record(
+    client: Client, control: Any, vm: Any
+) -> None:
     before = control.vm("db")["last_record"]
     begin = time.monotonic()
     vm.ShutdownGuest()
@@ -37,7 +39,9 @@ def test_a_guest_shutdown_takes_its_time_and_ends_with_a_shutdown_record(client:
     assert vm.guest.toolsRunningStatus == "guestToolsNotRunning"
 
 
-def test_a_power_off_leaves_no_shutdown_record_and_the_chain_goes_on(client: Client, control: Any, vm: Any) -> None:
+def test_a_power_off_leaves_no_shutdown_record_and_the_chain_goes_on(
+    client: Client, control: Any, vm: Any
+) -> None:
     client.wait(vm.PowerOffVM_Task())
     first = control.verify_ledger("db")
     assert first["intact"]

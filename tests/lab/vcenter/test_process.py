@@ -87,7 +87,7 @@ def test_after_sigkill_nothing_acknowledged_is_lost_and_changes_are_still_known(
         known[disk.key] = disk.backing.changeId
     chance = random.Random(5)
     for round_ in range(3):
-        eventually(lambda: control.vm("db")["last_record"] > 40 * (round_ + 1), "records")
+        eventually(lambda least=40 * (round_ + 1): control.vm("db")["last_record"] > least, "records")
         time.sleep(chance.random() / 10)
         process.end(signal.SIGKILL)
         promised = process.last_acknowledged("db")
@@ -159,7 +159,9 @@ def test_an_orderly_end_and_a_second_start(process: Process) -> None:
 
 def test_a_start_that_cannot_succeed_says_why(tmp_path: Path, process: Process) -> None:
     process.start()
-    result = subprocess.run(process.command, capture_output=True, text=True, timeout=30, env={**os.environ})
+    result = subprocess.run(
+        process.command, check=False, capture_output=True, text=True, timeout=30, env={**os.environ}
+    )
     assert result.returncode == 2
     assert "another laboratory runs on" in result.stderr
     assert "Traceback" not in result.stderr

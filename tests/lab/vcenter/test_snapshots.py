@@ -26,7 +26,9 @@ def ids(holder: Any) -> list[str | None]:
     return [d.backing.changeId for d in disks(holder)]
 
 
-def test_three_cycles_of_change_queries_make_a_replica_bit_by_bit(client: Client, control: Any, vm: Any) -> None:
+def test_three_cycles_of_change_queries_make_a_replica_bit_by_bit(
+    client: Client, control: Any, vm: Any
+) -> None:
     control.digest_log()
     control.settings(cbt_window=3 * MIB)
     client.track(vm)
@@ -37,7 +39,9 @@ def test_three_cycles_of_change_queries_make_a_replica_bit_by_bit(client: Client
         for _ in range(10):
             disk = chance.choice(["log", 0])
             room = 8 * MIB - 200_000
-            control.guest_fill("db", disk, chance.randrange(room), chance.randrange(1, 200_000), chance.random())
+            control.guest_fill(
+                "db", disk, chance.randrange(room), chance.randrange(1, 200_000), chance.random()
+            )
         snapshot = client.snapshot(vm, f"cycle-{cycle}")
         control.guest_write("db", 0, 0, b"after the cut")
         for disk in disks(snapshot):
@@ -71,7 +75,9 @@ def test_tracking_may_wait_for_a_power_cycle(client: Client, control: Any, vm: A
     assert all(ids(vm))
 
 
-def test_tracking_of_a_powered_off_machine_starts_at_once_and_needs_no_snapshot(client: Client, control: Any) -> None:
+def test_tracking_of_a_powered_off_machine_starts_at_once_and_needs_no_snapshot(
+    client: Client, control: Any
+) -> None:
     control.create_vm("off", [SIZE], power="poweredOff")
     vm = client.vm("off")
     client.track(vm)
@@ -103,7 +109,9 @@ def test_bad_arguments_of_a_query(client: Client, vm: Any, key: int, offset: int
         vm.QueryChangedDiskAreas(snapshot, key, offset, "*")
 
 
-def test_an_id_of_another_epoch_is_refused_with_the_chosen_fault(client: Client, control: Any, vm: Any) -> None:
+def test_an_id_of_another_epoch_is_refused_with_the_chosen_fault(
+    client: Client, control: Any, vm: Any
+) -> None:
     client.track(vm)
     first = client.snapshot(vm)
     old = ids(first)[0]
@@ -130,7 +138,9 @@ def test_switching_tracking_off_and_on_makes_a_new_epoch(client: Client, vm: Any
     assert ids(vm)[0].rpartition("/")[0] != old.rpartition("/")[0]
 
 
-def test_a_datastore_may_answer_with_one_extent_that_covers_all(client: Client, control: Any, vm: Any) -> None:
+def test_a_datastore_may_answer_with_one_extent_that_covers_all(
+    client: Client, control: Any, vm: Any
+) -> None:
     control.set_datastore("ds1", "nfs_whole")
     client.track(vm)
     snapshot = client.snapshot(vm)
@@ -159,7 +169,9 @@ def test_the_live_link_is_renamed_and_points_to_its_parent(client: Client, vm: A
     assert not vm.runtime.consolidationNeeded
 
 
-def test_removing_without_consolidation_leaves_work_that_consolidation_does(client: Client, control: Any, vm: Any) -> None:
+def test_removing_without_consolidation_leaves_work_that_consolidation_does(
+    client: Client, control: Any, vm: Any
+) -> None:
     snapshot = client.snapshot(vm)
     control.guest_write("db", 0, 0, b"kept")
     client.remove(snapshot, consolidate=False)
@@ -189,7 +201,9 @@ def test_a_tree_of_snapshots_reverts_and_branches(client: Client, control: Any, 
     assert control.leaks()["consolidation_needed"] == []
 
 
-def test_reverting_keeps_the_epoch_only_if_told_and_then_reports_what_came_back(client: Client, control: Any, vm: Any) -> None:
+def test_reverting_keeps_the_epoch_only_if_told_and_then_reports_what_came_back(
+    client: Client, control: Any, vm: Any
+) -> None:
     control.settings(revert_changes_epoch=False)
     client.track(vm)
     base = client.snapshot(vm, "base")
@@ -203,7 +217,9 @@ def test_reverting_keeps_the_epoch_only_if_told_and_then_reports_what_came_back(
     assert ids(vm)[0].rpartition("/")[0] != known.rpartition("/")[0]
 
 
-def test_extending_is_refused_with_snapshots_and_seen_afterwards(client: Client, control: Any, vm: Any) -> None:
+def test_extending_is_refused_with_snapshots_and_seen_afterwards(
+    client: Client, control: Any, vm: Any
+) -> None:
     snapshot = client.snapshot(vm)
     disk = disks(vm)[0]
     disk.capacityInBytes, disk.capacityInKB = 2 * SIZE, 2 * SIZE // 1024
@@ -259,7 +275,9 @@ def test_independent_and_raw_disks_behave_as_they_do(client: Client, control: An
         client.snapshot(vm)
 
 
-def test_disks_of_one_snapshot_are_cut_at_one_instant_while_the_guest_writes(client: Client, control: Any) -> None:
+def test_disks_of_one_snapshot_are_cut_at_one_instant_while_the_guest_writes(
+    client: Client, control: Any
+) -> None:
     from farshore.lab.guest import ledger
 
     control.create_vm("app", [SIZE, 8 * MIB], workload={"records_per_second": 400, "area_size": MIB})

@@ -37,11 +37,20 @@ def post(lab: LabVCenter, body: Any, **headers: str) -> tuple[int, str]:
     ("inner", "fault"),
     [
         ('<Nonsense xmlns="urn:vim25"><_this type="X">y</_this></Nonsense>', "MethodNotFound"),
-        ('<Login xmlns="urn:vim25"><_this type="SessionManager">SessionManager</_this><x>1</x></Login>', "InvalidRequest"),
+        (
+            '<Login xmlns="urn:vim25"><_this type="SessionManager">SessionManager</_this><x>1</x></Login>',
+            "InvalidRequest",
+        ),
         ('<CurrentTime xmlns="urn:vim25"></CurrentTime>', "InvalidRequest"),
         ("", "InvalidRequest"),
-        ('<CurrentTime xmlns="urn:vim25"><_this type="ServiceInstance">gone</_this></CurrentTime>', "ManagedObjectNotFound"),
-        ('<PowerOnVM_Task xmlns="urn:vim25"><_this type="VirtualMachine">vm-1</_this></PowerOnVM_Task>', "NotAuthenticated"),
+        (
+            '<CurrentTime xmlns="urn:vim25"><_this type="ServiceInstance">gone</_this></CurrentTime>',
+            "ManagedObjectNotFound",
+        ),
+        (
+            '<PowerOnVM_Task xmlns="urn:vim25"><_this type="VirtualMachine">vm-1</_this></PowerOnVM_Task>',
+            "NotAuthenticated",
+        ),
         (
             '<QueryChangedDiskAreas xmlns="urn:vim25"><_this type="VirtualMachine">vm-1</_this>'
             "<deviceKey>many</deviceKey></QueryChangedDiskAreas>",
@@ -85,7 +94,7 @@ def test_after_logout_nothing_answers(client: Client, control: Any) -> None:
     assert client.request("GET", "web/web-flat.vmdk", Range="bytes=0-1")[0] == 206
     client.content.sessionManager.Logout()
     with pytest.raises(vim.fault.NotAuthenticated):
-        vm.name
+        _ = vm.name
     assert client.request("GET", "web/web-flat.vmdk", Range="bytes=0-1")[0] == 401
 
 
@@ -99,7 +108,7 @@ def test_sessions_expire_when_idle_and_reading_bytes_does_not_keep_them(client: 
     control.advance_clock(200)
     assert client.request("HEAD", "web/web-flat.vmdk")[0] == 401
     with pytest.raises(vim.fault.NotAuthenticated):
-        vm.name
+        _ = vm.name
 
 
 def test_a_killed_session_ends_a_wait_with_a_fault(client: Client, control: Any) -> None:
@@ -139,10 +148,12 @@ def test_session_is_active_and_terminate(client: Client, lab: LabVCenter) -> Non
     manager.TerminateSession([theirs])
     assert not manager.SessionIsActive(theirs, DEFAULT_USER)
     with pytest.raises(vim.fault.NotAuthenticated):
-        other.content.rootFolder.name
+        _ = other.content.rootFolder.name
 
 
-def test_a_lost_privilege_is_no_permission_on_calls_and_missing_on_reads(client: Client, control: Any) -> None:
+def test_a_lost_privilege_is_no_permission_on_calls_and_missing_on_reads(
+    client: Client, control: Any
+) -> None:
     control.create_vm("web", [16 * MIB])
     vm = client.vm("web")
     control.deny("CreateSnapshot_Task", vm="web")
@@ -151,7 +162,7 @@ def test_a_lost_privilege_is_no_permission_on_calls_and_missing_on_reads(client:
     control.allow_all()
     control.deny("System.Read", vm="web", path="config")
     with pytest.raises(vim.fault.NoPermission):
-        vm.config
+        _ = vm.config
     spec = PC.FilterSpec(
         objectSet=[PC.ObjectSpec(obj=vm)],
         propSet=[PC.PropertySpec(type=vim.VirtualMachine, pathSet=["name", "config.uuid"])],
@@ -191,11 +202,20 @@ def test_every_property_of_every_object_fits_the_schema(client: Client, control:
     client.snapshot(client.vm("web"))
     view = client.content.viewManager.CreateContainerView(client.content.rootFolder, None, True)
     kinds = {type(e) for e in view.view}
-    assert {vim.VirtualMachine, vim.HostSystem, vim.Datastore, vim.Network, vim.ResourcePool, vim.Folder} <= kinds
+    assert {
+        vim.VirtualMachine,
+        vim.HostSystem,
+        vim.Datastore,
+        vim.Network,
+        vim.ResourcePool,
+        vim.Folder,
+    } <= kinds
     spec = PC.FilterSpec(
         objectSet=[
             PC.ObjectSpec(
-                obj=view, skip=True, selectSet=[PC.TraversalSpec(name="v", path="view", type=vim.view.ContainerView)]
+                obj=view,
+                skip=True,
+                selectSet=[PC.TraversalSpec(name="v", path="view", type=vim.view.ContainerView)],
             )
         ],
         propSet=[PC.PropertySpec(type=kind, all=True) for kind in kinds],
@@ -205,19 +225,35 @@ def test_every_property_of_every_object_fits_the_schema(client: Client, control:
     view.DestroyView()
 
 
-def test_create_reconfigure_unregister_register_destroy(client: Client, control: Any, lab: LabVCenter) -> None:
+def test_create_reconfigure_unregister_register_destroy(
+    client: Client, control: Any, lab: LabVCenter
+) -> None:
     datacenter = client.content.rootFolder.childEntity[0]
     pool = datacenter.hostFolder.childEntity[0].resourcePool
     new_disk = vim.vm.device.VirtualDisk(
-        key=-1, controllerKey=1000, unitNumber=0, capacityInKB=16 * 1024,
-        backing=vim.vm.device.VirtualDisk.FlatVer2BackingInfo(fileName="", diskMode="persistent", thinProvisioned=True),
+        key=-1,
+        controllerKey=1000,
+        unitNumber=0,
+        capacityInKB=16 * 1024,
+        backing=vim.vm.device.VirtualDisk.FlatVer2BackingInfo(
+            fileName="", diskMode="persistent", thinProvisioned=True
+        ),
     )
     add = vim.vm.device.VirtualDeviceSpec(operation="add", fileOperation="create", device=new_disk)
     spec = vim.vm.ConfigSpec(
-        name="made", files=vim.vm.FileInfo(vmPathName="[ds2]"), numCPUs=4, memoryMB=1024, guestId="rhel9_64Guest", deviceChange=[add]
+        name="made",
+        files=vim.vm.FileInfo(vmPathName="[ds2]"),
+        numCPUs=4,
+        memoryMB=1024,
+        guestId="rhel9_64Guest",
+        deviceChange=[add],
     )
     vm = client.wait(datacenter.vmFolder.CreateVM_Task(spec, pool))
-    assert (vm.name, vm.config.hardware.numCPU, vm.config.files.vmPathName) == ("made", 4, "[ds2] made/made.vmx")
+    assert (vm.name, vm.config.hardware.numCPU, vm.config.files.vmPathName) == (
+        "made",
+        4,
+        "[ds2] made/made.vmx",
+    )
     with pytest.raises(vim.fault.DuplicateName):
         client.wait(datacenter.vmFolder.CreateVM_Task(spec, pool))
     client.wait(vm.ReconfigVM_Task(vim.vm.ConfigSpec(deviceChange=[add])))

@@ -216,10 +216,10 @@ async def test_change_ids_of_the_live_links_would_lose_writes(control, machine, 
     replica = await replica_of(vm)
     original = module.state_of
 
-    def mutant(device, *, boot):
+    def mutant(device, **rest):
         epoch, _, number = device.backing.changeId.rpartition("/")
         device.backing.changeId = f"{epoch}/{int(number) + 1}"
-        return original(device, boot=boot)
+        return original(device, **rest)
 
     def run():
         monkeypatch.setattr(module, "state_of", mutant)

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import asyncio
 from dataclasses import replace
+from datetime import UTC, datetime
 
 import pytest
 
 from farshore.domain.errors import Code, FarshoreError
 from farshore.domain.points import Consistency
 from farshore.providers.vsphere import areas
+from farshore.providers.vsphere.source import parse_tracker, resync_reason
 from farshore.replication.ports import DiskState, FullCopyNeeded
 
 MIB = 1 << 20
@@ -129,7 +131,8 @@ async def test_a_change_id_from_the_future_is_refused(control, machine, replica_
     vm = machine()
 
     def future(state):
-        return replace(state, tracker=state.tracker.rpartition("/")[0] + "/999")
+        change_id, moment = parse_tracker(state.tracker)
+        return replace(state, tracker=f"{change_id.rpartition('/')[0]}/999@{moment.isoformat()}")
 
     reason = await reason_after(control, vm, await replica_of(vm), lambda: None, change_since=future)
     assert reason.startswith("change tracking cannot answer")
@@ -198,7 +201,7 @@ CHANGES = [
         "Hard disk 1 is another disk or was moved: other|[ds1] a/a.vmdk|2000 became",
     ),
     ({"size": 512}, "the size of Hard disk 1 changed from 512 to"),
-    ({"tracker": "00 11/3"}, "change tracking of Hard disk 1 was reset"),
+    ({"tracker": "00 11/3@2026-01-01T00:00:00+00:00"}, "change tracking of Hard disk 1 was reset"),
 ]
 
 
@@ -265,8 +268,35 @@ async def test_links_that_were_left_behind_are_consolidated_before_the_cut(contr
     await asyncio.to_thread(run)
 
 
-def test_a_committed_state_of_another_source_is_compared_field_by_field():
-    one = DiskState("2000", "Hard disk 1", 10, "u|p|2000", "aa bb/1")
-    from farshore.providers.vsphere.source import resync_reason
+async def test_a_revert_is_found_by_a_worker_that_did_not_make_the_last_point(
+    control, machine, replica_of, site_of
+):
+    vm = machine()
+    control.settings(revert_changes_epoch=False)
+    replica = await replica_of(vm)
 
-    assert resync_reason(one, replace(one, tracker="aa bb/999", boot=True, label="other")) == ""
+    def run():
+        replica.cycle_and_check(control, vm)
+        control.snapshot(vm, "s")
+        control.revert(vm, "s")
+        control.remove_snapshot(vm, "s")
+        replica.source = site_of().open_source("m", vm)
+        cut = replica.cut()
+        with pytest.raises(FullCopyNeeded, match="reverted"):
+            cut.changed("2000", replica.since["2000"])
+        cut.release()
+
+    await asyncio.to_thread(run)
+
+
+def test_a_tracker_is_the_change_id_with_the_time_of_the_cut():
+    moment = datetime(2026, 11, 22, 19, 0, 1, 5, tzinfo=UTC)
+    assert parse_tracker(f"52 f3-58/2@{moment.isoformat()}") == ("52 f3-58/2", moment)
+    assert parse_tracker("52 f3-58/2") == ("52 f3-58/2", None)
+    assert parse_tracker("") == ("", None)
+
+
+def test_of_the_tracker_only_the_epoch_is_compared():
+    one = DiskState("2000", "Hard disk 1", 10, "u|p|2000", "aa bb/1@2026-01-01T00:00:00+00:00")
+    later = replace(one, tracker="aa bb/999@2026-01-02T00:00:00+00:00", boot=True, label="other")
+    assert resync_reason(one, later) == ""
