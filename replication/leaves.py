@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 
 from blake3 import blake3
+
 from farshore.replication.ports import LEAF, Extent
 
 ENTRY = 16  # bytes of table a leaf

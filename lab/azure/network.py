@@ -128,21 +128,22 @@ def base_body(call: Call, location: str) -> Json:
 
 
 def _put_complete(world: World, operation: Operation, _: Any) -> None:
-    resource = world.store.get(operation.resource)
-    if resource is not None:
-        resource.state = "Succeeded"
-        world.store.put(resource)
-        for child_type in (SUBNET, RULE):
-            for child in world.store.children(resource, child_type):
-                child.state = "Succeeded"
-                world.store.put(child)
+    _settle_as(world, operation, "Succeeded")
 
 
 def _put_fail(world: World, operation: Operation, _: ArmError) -> None:
+    _settle_as(world, operation, "Failed")
+
+
+def _settle_as(world: World, operation: Operation, state: str) -> None:
+    """The resource and what was written with it: a network's subnets, a group's rules."""
     resource = world.store.get(operation.resource)
-    if resource is not None:
-        resource.state = "Failed"
-        world.store.put(resource)
+    if resource is None:
+        return
+    written = [*world.store.children(resource, SUBNET), *world.store.children(resource, RULE)]
+    for each in [resource, *(child for child in written if child.state == "Updating")]:
+        each.state = state
+        world.store.put(each)
 
 
 for _name, _seconds in (("vnet", 8), ("subnet", 8), ("nsg", 6), ("rule", 6), ("nic", 5), ("ip", 5)):

@@ -139,11 +139,7 @@ class Engine:
 
     def release(self, id_: str | None = None) -> int:
         """Let stuck operations (all, or one) end now; returns how many."""
-        stuck = [
-            o
-            for o in self._running.values()
-            if o.due is None and (id_ is None or o.id == id_)
-        ]
+        stuck = [o for o in self._running.values() if o.due is None and (id_ is None or o.id == id_)]
         for operation in stuck:
             operation.due = time.time()
             self._save(operation)

@@ -6,7 +6,19 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from farshore.lab.azure import catalog, disks, groups, network, nics, runcommand, storage, vms, vnets
+from farshore.lab.azure import (
+    catalog,
+    disk_access,
+    disks,
+    groups,
+    network,
+    nics,
+    runcommand,
+    storage,
+    vm_power,
+    vms,
+    vnets,
+)
 from farshore.lab.azure.model import NIC, NSG, PUBLIC_IP, VNET, Answer, Call, Route
 from farshore.lab.azure.world import World
 
@@ -55,8 +67,8 @@ def _disk_rows(group: str, kind: str, name: str) -> list[_Row]:
             disks.list_disks,
         ),
         (f"compute.{group}.list", "GET", f"{_SUB}{_C}/{kind}", DISKS, (200,), disks.list_disks),
-        (f"compute.{group}.grant_access", "POST", one + "/beginGetAccess", DISKS, (202,), disks.grant),
-        (f"compute.{group}.revoke_access", "POST", one + "/endGetAccess", DISKS, (202,), disks.revoke),
+        (f"compute.{group}.grant_access", "POST", one + "/beginGetAccess", DISKS, (202,), disk_access.grant),
+        (f"compute.{group}.revoke_access", "POST", one + "/endGetAccess", DISKS, (202,), disk_access.revoke),
     ]
 
 
@@ -115,10 +127,10 @@ _ROWS: list[_Row] = [
     ("compute.VirtualMachines.list_all", "GET", f"{_SUB}{_C}/virtualMachines", COMPUTE, (200,), vms.list_vms),
     ("compute.VirtualMachines.list_by_location", "GET", f"{_SUB}{_C}/locations/{{location}}/virtualMachines", COMPUTE, (200,), vms.list_vms),
     ("compute.VirtualMachines.instance_view", "GET", _VM + "/instanceView", COMPUTE, (200,), vms.get_instance_view),
-    ("compute.VirtualMachines.start", "POST", _VM + "/start", COMPUTE, (202,), vms.power),
-    ("compute.VirtualMachines.power_off", "POST", _VM + "/powerOff", COMPUTE, (202,), vms.power),
-    ("compute.VirtualMachines.deallocate", "POST", _VM + "/deallocate", COMPUTE, (202,), vms.power),
-    ("compute.VirtualMachines.restart", "POST", _VM + "/restart", COMPUTE, (202,), vms.power),
+    ("compute.VirtualMachines.start", "POST", _VM + "/start", COMPUTE, (202,), vm_power.power),
+    ("compute.VirtualMachines.power_off", "POST", _VM + "/powerOff", COMPUTE, (202,), vm_power.power),
+    ("compute.VirtualMachines.deallocate", "POST", _VM + "/deallocate", COMPUTE, (202,), vm_power.power),
+    ("compute.VirtualMachines.restart", "POST", _VM + "/restart", COMPUTE, (202,), vm_power.power),
     ("compute.VirtualMachines.run_command", "POST", _VM + "/runCommand", COMPUTE, (202,), runcommand.start),
     ("compute.Usage.list", "GET", f"{_SUB}{_C}/locations/{{location}}/usages", COMPUTE, (200,), catalog.usages),
     ("compute.VirtualMachineSizes.list", "GET", f"{_SUB}{_C}/locations/{{location}}/vmSizes", COMPUTE, (200,), catalog.sizes),

@@ -14,7 +14,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from farshore.lab.azure import disks, vms
+from farshore.lab.azure import disks, vm_parts, vm_view
 from farshore.lab.azure.model import Answer, ArmError, Call, Json, items
 from farshore.lab.azure.operations import KINDS, Kind, Operation
 from farshore.lab.azure.world import World
@@ -25,7 +25,7 @@ _VARIABLE = re.compile(r"^[A-Za-z_]\w*$")
 
 
 def start(world: World, call: Call) -> Answer:
-    vm = world.require(vms.vm_id(world, call))
+    vm = world.require(vm_parts.vm_id(world, call))
     world.compute_busy(vm)
     command = str(call.body.get("commandId") or "")
     if command not in {"RunShellScript", "RunPowerShellScript"}:
@@ -45,7 +45,7 @@ def start(world: World, call: Call) -> Answer:
     files = [str(disks.file_of(world, disk)) for disk in disks.attached_disks(world, vm)]
     operation = world.start(
         call, "vm.runCommand", vm, command=command, script="\n".join(script), variables=variables, files=files,
-        timeout=world.knobs.run_command_timeout, ready=vms.agent_ready(vm), name=vm.name,
+        timeout=world.knobs.run_command_timeout, ready=vm_view.agent_ready(vm), name=vm.name,
     )  # fmt: skip
     return world.accepted(call, operation, 202, None)
 

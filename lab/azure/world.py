@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import shutil
 import time
 from pathlib import Path
 from typing import Any
@@ -55,6 +56,16 @@ class World:
         self.imports: dict[str, float] = {}
         """Source VHD → when it was last imported."""
         self.engine = Engine(self)
+        self._sweep()
+
+    def _sweep(self) -> None:
+        """Remove what a killed laboratory left half done: files that no resource names."""
+        named = {r.hidden.get("file") for r in self.store.resources.values()}
+        for file in self.files.iterdir():
+            if file.name not in named:
+                file.unlink()
+        for folder in self.root.glob("run-*"):
+            shutil.rmtree(folder, ignore_errors=True)
 
     def turn(self, changes: Json) -> None:
         """Change knobs. Raises: ValueError for unknown names."""

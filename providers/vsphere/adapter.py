@@ -1,15 +1,18 @@
 """`VSphereSite`: one vCenter as a source site. Fills `providers.ports.SourceSite`.
 
-The port is asynchronous, pyVmomi blocks: every method runs in a thread, and checkpoints are called in the event loop
-of the caller, so that they may heartbeat; one that raises ends the step.
+The port is asynchronous, pyVmomi blocks: every method runs in a thread of the site (not of the loop's default pool,
+which has a handful that a few waiting shutdowns would use up). Checkpoints are called in the event loop of the caller,
+so that they may heartbeat; one that raises ends the step.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextvars
 import threading
 import time
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 from functools import partial
 from typing import Any, TypeVar
@@ -46,12 +49,13 @@ class VSphereSite:
         self._folder = Folder(self._client)
         self._types: dict[str, tuple[str, str, float]] = {}  # moid: name, type, read at
         self._types_lock = threading.Lock()
+        self._threads = ThreadPoolExecutor(settings.threads, thread_name_prefix="vsphere")
 
     # -- the port ------------------------------------------------------------------------------------------------
 
     async def inspect(self, source: str) -> SourceMachine:
         """See `SourceSite.inspect`. Findings of disks come from their descriptors as well."""
-        return await asyncio.to_thread(self._inspect, source)
+        return await self._threaded(self._inspect, source)
 
     async def enable_tracking(self, source: str) -> None:
         """Switch change tracking on, and take and remove one snapshot so that it takes effect.
@@ -59,7 +63,7 @@ class VSphereSite:
         On some hosts it takes effect at the next power cycle only: that is not an error here, `inspect` reports it and
         each cycle compares in full until then.
         """
-        await asyncio.to_thread(self._enable_tracking, source)
+        await self._threaded(self._enable_tracking, source)
 
     async def shut_down(
         self, source: str, *, guest_timeout: float, force: bool, checkpoint: Checkpoint
@@ -72,11 +76,11 @@ class VSphereSite:
 
     async def prove_off(self, source: str) -> FenceProof:
         """See `SourceSite.prove_off`. A host that vCenter has lost proves nothing: what is shown may be old."""
-        return await asyncio.to_thread(self._prove_off, source)
+        return await self._threaded(self._prove_off, source)
 
     async def power_on(self, source: str) -> None:
         """Power the machine on; nothing to do when it runs."""
-        await asyncio.to_thread(self._power_on, source)
+        await self._threaded(self._power_on, source)
 
     def open_source(self, machine: str, source: str) -> VSphereSource:
         """See `SourceSite.open_source`. Connects at the first cut."""
@@ -98,6 +102,7 @@ class VSphereSite:
     def _close(self) -> None:
         self._folder.close()
         self._client.close()
+        self._threads.shutdown(wait=False, cancel_futures=True)
 
     def _read(self, source: str, doing: str) -> Machine:
         return machines.read(self._client, self._inventory.find(source), doing=doing)
@@ -123,6 +128,8 @@ class VSphereSite:
 
     def _enable_tracking(self, source: str) -> None:
         machine = self._read(source, "switching change tracking on")
+        if machine.tracking and self._tracked(machine):
+            return  # also while a cycle runs: its snapshot is not touched
         snapshots = Snapshots(self._client, machine.entry)
         if any(s.name.startswith(PREFIX) for s in machine.snapshots):
             snapshots.clear()
@@ -330,6 +337,18 @@ class VSphereSite:
             known[ref._GetMoId()][0]: known[ref._GetMoId()][1] for ref in wanted if ref._GetMoId() in known
         }
 
+    async def _threaded(self, work: Callable[..., T], *args: Any) -> T:
+        context = contextvars.copy_context()  # the activity's, so that logging and heartbeats know it
+        try:
+            return await asyncio.get_running_loop().run_in_executor(
+                self._threads, partial(context.run, work, *args)
+            )
+        except RuntimeError as exc:
+            if "shutdown" not in str(exc):
+                raise
+            host = self._settings.host
+            raise FarshoreError(Code.SOURCE_UNREACHABLE, f"The session with {host} was closed.") from exc
+
     async def _stepped(self, work: Callable[[Tick], T], checkpoint: Checkpoint) -> T:
         """Run `work` in a thread; its ticks call `checkpoint` in this event loop. Cancelling ends the thread soon."""
         loop = asyncio.get_running_loop()
@@ -343,7 +362,7 @@ class VSphereSite:
                 raise _Stopped
             asyncio.run_coroutine_threadsafe(report(details), loop).result()
 
-        thread = asyncio.create_task(asyncio.to_thread(work, tick))
+        thread = asyncio.create_task(self._threaded(work, tick))
         try:
             return await asyncio.shield(thread)
         except asyncio.CancelledError:

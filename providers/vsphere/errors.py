@@ -39,6 +39,7 @@ _TABLE: tuple[tuple[Any, Code, bool | None], ...] = (
         Code.ACCESS_DENIED,
         True,
     ),  # the session died twice in a row: try again later
+    (vim.fault.RestrictedVersion, Code.SOURCE_NOT_ELIGIBLE, None),  # the licence lacks the function
     (vim.fault.InvalidLogin, Code.ACCESS_DENIED, None),
     (vim.fault.NoPermission, Code.ACCESS_DENIED, None),
     (vim.fault.TaskInProgress, Code.SOURCE_BUSY, None),
@@ -53,6 +54,7 @@ _TABLE: tuple[tuple[Any, Code, bool | None], ...] = (
         Code.SOURCE_MACHINE_NOT_FOUND,
         True,
     ),  # asked anew, it is looked up anew
+    (vmodl.fault.NotSupported, Code.SOURCE_NOT_ELIGIBLE, None),
     (vim.fault.SnapshotFault, Code.SNAPSHOT_FAILED, None),
 )
 

@@ -27,6 +27,7 @@ class VSphereSettings:
         False  # percent-encode dcPath and dsName twice in /folder requests, as some servers want
     )
     max_connections: int = 4  # to /folder, over all machines of the site
+    threads: int = 64  # steps that may wait at the same time (a plan shuts many machines down at once)
     read_chunk: int = 4 * MIB  # longest single range request
     connect_timeout: float = 5.0
     call_timeout: float = 20.0  # silence on a connection before the call fails

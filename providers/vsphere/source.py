@@ -119,8 +119,18 @@ class VSphereSource:
             )
         reason = readiness.machine_reason(machine)
         if reason:
+            # A backup product's snapshot goes away by itself: the cycle is tried again, protection does not end.
+            passing = bool(machine.foreign_snapshots)
             raise FarshoreError(
-                Code.SOURCE_NOT_ELIGIBLE, f"{name} cannot be replicated: {reason}.", subject=name
+                Code.SOURCE_NOT_ELIGIBLE,
+                f"{name} cannot be replicated: {reason}.",
+                subject=name,
+                retryable=passing,
+                retry_after=60.0 if passing else None,
+            )
+        if machine.consolidation_needed:
+            raise FarshoreError(
+                Code.SOURCE_BUSY, f"The disks of {name} need consolidation, which did not work.", subject=name
             )
 
     def _freeze(self, machine: Machine, node: SnapshotEntry) -> dict[str, _Disk]:

@@ -45,6 +45,8 @@ def test_a_five_minute_policy_keeps_about_166_points_in_the_long_run() -> None:
         now = start + timedelta(minutes=5 * step)
         new = point(step, 0)
         kept.append(RecoveryPoint(new.id, "vm", step, now, Consistency.CRASH, "", 1))
+        if step % 24 and step != 16 * 288 - 1:
+            continue
         gone = {p.id for p in prune(kept, RetentionPolicy(), now)}
         kept = [p for p in kept if p.id not in gone]
     assert 162 <= len(kept) <= 170
@@ -86,7 +88,7 @@ def test_pruning_twice_prunes_nothing_more(points: list[RecoveryPoint]) -> None:
 
 
 def test_an_app_consistent_point_wins_its_window() -> None:
-    points = [point(1, 5.2 * HOUR, app=True), point(2, 5.1 * HOUR), point(3, 4.1 * HOUR), point(4, 0, app=True)]
+    points = [point(1, 5.2 * HOUR, app=True), point(2, 5.1 * HOUR), point(3, 4.1 * HOUR), point(4, 0)]
     assert prune(points, RetentionPolicy(((DAY, DAY),)), NOW) == [points[1], points[2]]
 
 

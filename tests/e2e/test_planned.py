@@ -66,7 +66,7 @@ async def test_a_plan_is_rehearsed_cleaned_up_failed_over_moved_to_another_point
     older = {}
     for point in await client.points(PointsInput(plan="crm", limit=1000)):
         older.setdefault(point.machine, []).append(point)
-    wanted = {name: points[2].id for name, points in older.items()}
+    wanted = {name: points[-2].id for name, points in older.items()}
     refused = await client.failover(FailoverInput(plan="crm", kind=RunKind.CHANGE_POINT, points=wanted))
     with pytest.raises(RunFailed, match="accept_data_loss"):
         await refused.result()
@@ -83,7 +83,7 @@ async def test_after_a_change_of_point_the_disks_are_the_older_instants_and_comm
     listed: dict[str, list] = {}
     for point in await client.points(PointsInput(plan="crm", limit=1000)):
         listed.setdefault(point.machine, []).append(point)
-    wanted = {name: points[2].id for name, points in listed.items()}
+    wanted = {name: points[-2].id for name, points in listed.items()}
     changed = await fail_over(client, RunKind.CHANGE_POINT, points=wanted, accept_data_loss=True)
     for row in changed.machines:
         assert row.point is not None

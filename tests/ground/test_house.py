@@ -114,4 +114,7 @@ def test_decisions_are_numbered_and_complete(root: Path) -> None:
     assert len(numbers) == len(set(numbers)), "two decisions share a number"
     for path in decisions:
         text = path.read_text()
-        assert all(f"## {part}" in text for part in ("Context", "Decision", "Consequences")), path.name
+        assert all(
+            re.search(rf"^(## |\*\*){part}", text, re.MULTILINE)
+            for part in ("Context", "Decision", "Consequence")
+        ), path.name

@@ -238,7 +238,9 @@ class ModelCut:
         self.released = False
         self._changes = {key: list(disk.changes) for key, disk in source.machine.items()}
         self.disks = [
-            DiskState(key, f"disk {key}", len(disk.content), disk.identity, f"{disk.generation}:{source.sequence}")
+            DiskState(
+                key, f"disk {key}", len(disk.content), disk.identity, f"{disk.generation}:{source.sequence}"
+            )
             for key, disk in source.machine.items()
         ]
 

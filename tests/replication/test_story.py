@@ -10,7 +10,14 @@ from collections.abc import Callable
 import pytest
 from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule, run_state_machine_as_test
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    precondition,
+    rule,
+    run_state_machine_as_test,
+)
 
 from farshore.domain.errors import Code, FarshoreError
 from farshore.domain.points import Consistency
@@ -107,7 +114,8 @@ class Story(RuleBasedStateMachine):
                 except FarshoreError as error:
                     if error.code is Code.REPLICA_FENCED:
                         return  # the outcome of a commit was unknown: this writer is done
-                    assert error.code is Code.TARGET_UNREACHABLE
+                    if error.code is not Code.TARGET_UNREACHABLE:
+                        raise
                 for leaf, content in between:
                     self.guest_writes("2000", leaf, content)
 
@@ -147,8 +155,9 @@ class Story(RuleBasedStateMachine):
             try:
                 self.store().hold("vm", point, holder)
             except FarshoreError as error:
-                assert error.code is Code.POINT_EXPIRED and point in self.wished
-                return
+                if error.code is Code.POINT_EXPIRED and point in self.wished:
+                    return
+                raise
             self.held.setdefault(point, set()).add(holder)
 
     @rule(holder=st.sampled_from(["run-1", "run-2"]))
@@ -198,7 +207,9 @@ class Story(RuleBasedStateMachine):
         listed = {point.id for point in points}
         missing = self.acknowledged - listed - self.maybe_removed
         assert not missing, f"acknowledged points vanished: {missing}"
-        assert all(holders <= set() or point in listed for point, holders in self.held.items()), "a held point vanished"
+        assert all(holders <= set() or point in listed for point, holders in self.held.items()), (
+            "a held point vanished"
+        )
         assert [p.taken_at for p in points] == sorted(p.taken_at for p in points)
         for point in points:
             manifest = store.manifest("vm", point.id)
@@ -240,7 +251,7 @@ def run(examples: int) -> None:
 
 
 def test_every_story_leaves_only_true_points() -> None:
-    run(60)
+    run(40)
 
 
 @pytest.mark.slow
@@ -256,7 +267,9 @@ def no_windows(patch: pytest.MonkeyPatch) -> None:
 def trusted_torn_table(patch: pytest.MonkeyPatch) -> None:
     """The leaf table is believed where a cycle died."""
     real = replica._Disk.leftover
-    patch.setattr(replica._Disk, "leftover", lambda self: Leftover(real(self).touched, (), real(self).strayed))
+    patch.setattr(
+        replica._Disk, "leftover", lambda self: Leftover(real(self).touched, (), real(self).strayed)
+    )
 
 
 def settled_before_flush(patch: pytest.MonkeyPatch) -> None:
@@ -352,7 +365,18 @@ MUTANTS = [
 ]
 
 
-SEEDS: dict[str, tuple[int, ...]] = {}
+SEEDS: dict[str, tuple[int, ...]] = {
+    "no_windows": (79,),
+    "trusted_torn_table": (1,),
+    "settled_before_flush": (0,),
+    "commit_before_freeze": (2,),
+    "tracker_advanced_before_commit": (25,),
+    "bytes_before_manifest": (31,),
+    "removal_ignores_holds": (4,),
+    "returning_disk_believed_empty": (108,),
+    "table_never_checked": (0,),
+    "table_kept_after_failure": (263,),
+}
 """Stories that are known to catch a mutant: told first, to save time."""
 
 
@@ -399,18 +423,21 @@ def tell(seed: int) -> None:
 
 
 def test_stories_by_dice_leave_only_true_points() -> None:
-    for seed in range(60):
+    for seed in range(40):
         tell(seed)
 
 
 @pytest.mark.parametrize("mutant", MUTANTS, ids=lambda mutant: mutant.__name__)
-def test_the_stories_catch(mutant: Callable[[pytest.MonkeyPatch], None], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_stories_catch(
+    mutant: Callable[[pytest.MonkeyPatch], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
     mutant(monkeypatch)
     for seed in itertools.chain(SEEDS.get(mutant.__name__, ()), range(1000)):
         try:
             tell(seed)
         except (AssertionError, FarshoreError) as error:
-            assert isinstance(error, AssertionError) or error.code is Code.REPLICA_DAMAGED
+            if isinstance(error, FarshoreError) and error.code is not Code.REPLICA_DAMAGED:
+                raise
             print(f"{mutant.__name__} was caught by story {seed}: {error}")
             return
     pytest.fail("no story noticed")

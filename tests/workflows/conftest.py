@@ -13,7 +13,11 @@ from .harness import Harness, running
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Tests share the loop that the workers live in. A stuck workflow never ends, so each has a limit."""
     for item in items:
-        if "/workflows/" in str(item.path) or "/contract/" in str(item.path) or "/histories/" in str(item.path):
+        if (
+            "/workflows/" in str(item.path)
+            or "/contract/" in str(item.path)
+            or "/histories/" in str(item.path)
+        ):
             item.add_marker(pytest.mark.timeout(120))
 
 

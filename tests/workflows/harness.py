@@ -12,6 +12,10 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+from temporalio.client import Client, WorkflowHandle
+from temporalio.testing import WorkflowEnvironment
+from temporalio.worker import Worker
+
 from farshore.activities.control import ControlActivities
 from farshore.activities.support import ErrorInterceptor
 from farshore.contract import names
@@ -32,9 +36,6 @@ from farshore.domain.machine import MainState
 from farshore.plans.model import Plan
 from farshore.workers.worker import RUNS, workflow_runner
 from farshore.workflows.machine_protection import MachineProtection
-from temporalio.client import Client, WorkflowHandle
-from temporalio.testing import WorkflowEnvironment
-from temporalio.worker import Worker
 
 from .world import SOURCE_QUEUE, TARGET_QUEUE, Stage, World
 

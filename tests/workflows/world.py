@@ -15,6 +15,8 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any, NoReturn
 
+from temporalio import activity
+
 from farshore.activities import messages as m
 from farshore.activities import signatures as s
 from farshore.activities.control import ControlActivities
@@ -23,7 +25,6 @@ from farshore.contract.runs import PointView, ResourceView
 from farshore.domain.errors import Code, FarshoreError
 from farshore.domain.machine import MachineState, MainState
 from farshore.plans.model import Plan
-from temporalio import activity
 
 SOURCE_QUEUE, TARGET_QUEUE, DEAD_QUEUE = "site.east.fake", "site.west.fake", "site.gone.fake"
 _numbers = itertools.count(1)
@@ -288,7 +289,9 @@ class Stage:
     async def _load_plan(self, world: World, call: m.LoadPlan) -> m.PinnedPlan:
         unknown = [name for name in call.machines if name not in world.plan.machines]
         if unknown:
-            raise FarshoreError(Code.MACHINE_UNKNOWN, f"Plan {call.plan} has no machine {', '.join(unknown)}.")
+            raise FarshoreError(
+                Code.MACHINE_UNKNOWN, f"Plan {call.plan} has no machine {', '.join(unknown)}."
+            )
         return m.PinnedPlan(
             plan=world.plan,
             sha256="5" * 64,
@@ -299,7 +302,9 @@ class Stage:
 
     async def _update_machine(self, world: World, call: m.UpdateCall) -> MachineStatus:
         if world.stateless:
-            return MachineStatus(machine=call.machine, plan=world.name, state=MachineState(MainState.PROTECTED))
+            return MachineStatus(
+                machine=call.machine, plan=world.name, state=MachineState(MainState.PROTECTED)
+            )
         return await self._control.update_machine(call)
 
     async def _start_protection(self, world: World, call: m.StartProtection) -> MachineStatus:

@@ -231,3 +231,13 @@ async def test_tags_change_without_an_operation_and_lists_hold_everything(azure,
     }
     used = {u.name.value: u.current_value async for u in azure.network.usages.list(LOCATION)}
     assert used["NetworkInterfaces"] == 2
+
+
+async def test_a_failed_network_write_does_not_leave_its_subnets_updating(azure) -> None:
+    await azure.ctl(azure.control.fault, "lro_fail", operation="network.VirtualNetworks.*")
+    with azure.refused("InternalServerError"):
+        await (
+            await azure.network.virtual_networks.begin_create_or_update(RG, "n", vnet(("a", "10.9.1.0/24")))
+        ).result()
+    failed = await azure.network.virtual_networks.get(RG, "n")
+    assert [s.properties.provisioning_state for s in failed.properties.subnets] == ["Failed"]

@@ -243,9 +243,9 @@ class ManyPageBlobs(PageBlobs):
 
 
 ManyPageBlobs.TestCase.settings = settings(
-    max_examples=600, stateful_step_count=50, deadline=None, suppress_health_check=list(HealthCheck)
+    max_examples=150, stateful_step_count=50, deadline=None, suppress_health_check=list(HealthCheck)
 )
-TestManyPageBlobs = pytest.mark.slow(ManyPageBlobs.TestCase)
+TestManyPageBlobs = pytest.mark.timeout(900)(pytest.mark.slow(ManyPageBlobs.TestCase))
 
 
 @pytest.mark.slow  # 10 to 30 s: each break must be met by chance

@@ -23,7 +23,7 @@ MIB = 1 << 20
 PC = vmodl.query.PropertyCollector
 
 
-def eventually(condition: Callable[[], Any], what: str, seconds: float = 15.0) -> Any:
+def eventually(condition: Callable[[], Any], what: str, seconds: float = 60.0) -> Any:
     """Wait for a condition with a deadline."""
     deadline = time.monotonic() + seconds
     while True:
@@ -65,7 +65,7 @@ class Client:
         finally:
             view.DestroyView()
 
-    def wait(self, task: Any, seconds: float = 20.0) -> Any:
+    def wait(self, task: Any, seconds: float = 60.0) -> Any:
         """Result of a task; its fault is raised."""
         info = eventually(
             lambda: i if (i := task.info).state in ("success", "error") else None, "the task", seconds
@@ -107,7 +107,7 @@ class Client:
     ) -> tuple[int, dict[str, str], bytes]:
         """One request to /folder; a kept connection is used again."""
         if self.web is None:
-            self.web = http.client.HTTPSConnection("127.0.0.1", self.port, context=self.context, timeout=20)
+            self.web = http.client.HTTPSConnection("127.0.0.1", self.port, context=self.context, timeout=60)
         target = f"/folder/{quote(path)}?{query if query is not None else 'dcPath=DC0&dsName=ds1'}"
         sent = {**({"Cookie": self.cookie} if cookie else {}), **headers}
         try:

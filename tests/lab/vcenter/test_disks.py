@@ -25,14 +25,17 @@ def make(root: Path, **fields: Any) -> Disk:
     return disk
 
 
-write = st.tuples(
-    st.just("write"), st.integers(0, CAPACITY - 1), st.integers(1, 3 * BLOCK), st.integers(1, 255)
-)
-other = st.tuples(
-    st.sampled_from(["snapshot", "remove", "revert", "reopen", "interrupted"]),
-    st.integers(0, 7),
-    st.just(0),
-    st.just(0),
+length = st.one_of(st.sampled_from([1, 512, BLOCK, 2 * BLOCK + 1, 3 * BLOCK]), st.integers(1, 3 * BLOCK))
+place = st.one_of(st.integers(0, 9).map(lambda b: b * BLOCK), st.integers(0, CAPACITY - 1))
+write = st.tuples(st.just("write"), place, length, st.integers(1, 255))
+
+
+def action(*names: str) -> st.SearchStrategy[tuple[str, int, int, int]]:
+    return st.tuples(st.sampled_from(names), st.integers(0, 7), st.just(0), st.just(0))
+
+
+step = st.one_of(
+    write, write, action("snapshot"), action("remove", "interrupted"), action("revert", "reopen", "remove")
 )
 
 
@@ -49,8 +52,8 @@ def settle(disk: Disk, snapshots: dict[int, int], *, interrupted: bool = False) 
         dead.remove()
 
 
-@given(st.lists(st.one_of(write, write, other), max_size=25))
-@settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(st.lists(step, max_size=25))
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 def test_every_point_of_the_chain_keeps_its_bytes(steps: list[tuple[str, int, int, int]]) -> None:
     with tempfile.TemporaryDirectory() as directory:
         root = Path(directory)

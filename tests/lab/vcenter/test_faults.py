@@ -124,10 +124,12 @@ def test_a_stuck_task_blocks_the_machine_until_it_is_cancelled(client: Client, c
 
 
 def test_a_slow_task_shows_progress(client: Client, control: Any, vm: Any) -> None:
-    control.add_fault("PowerOffVM_Task", stage="task", action="delay", delay=0.5)
+    control.add_fault("PowerOffVM_Task", stage="task", action="delay", delay=10)
     task = vm.PowerOffVM_Task()
-    eventually(lambda: 10 < (task.info.progress or 0) < 100, "progress")
-    client.wait(task)
+    eventually(lambda: 0 < (task.info.progress or 0) < 100, "progress")
+    task.CancelTask()
+    with pytest.raises(vmodl.fault.RequestCanceled):
+        client.wait(task)
 
 
 def test_a_defect_of_the_laboratory_is_a_fault_too(client: Client, lab: Any, vm: Any) -> None:

@@ -140,7 +140,7 @@ def test_a_body_that_loses_its_freeze_is_cut_not_torn(
 ) -> None:
     vm, _ = frozen
     control.settings(folder_mib_per_s=8)
-    web = http.client.HTTPSConnection("127.0.0.1", client.port, context=client.context, timeout=20)
+    web = http.client.HTTPSConnection("127.0.0.1", client.port, context=client.context, timeout=60)
     try:
         web.request(
             "GET", "/folder/web/web-flat.vmdk?dcPath=DC0&dsName=ds1", headers={"Cookie": client.cookie}

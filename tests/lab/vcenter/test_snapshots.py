@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import random
+import time
 from typing import Any
 
 import pytest
 from pyVmomi import vim, vmodl
 
+from farshore.lab.guest import ledger
 from farshore.lab.vcenter.bitmap import BLOCK
+from farshore.lab.vcenter.disks import Disk
 
 from .conftest import MIB, Client, disks, eventually, extent
 
@@ -240,12 +243,15 @@ def test_extending_is_refused_with_snapshots_and_seen_afterwards(
 
 
 def test_two_snapshots_at_once_are_refused(client: Client, control: Any, vm: Any) -> None:
-    control.settings(task_seconds={"CreateSnapshot_Task": 0.5})
+    control.add_fault("CreateSnapshot_Task", stage="task", action="stuck", percent=20)
     first = vm.CreateSnapshot_Task("one", "", False, False)
-    eventually(lambda: first.info.state == "running", "the first task")
+    eventually(lambda: first.info.progress == 20, "the first task")
     with pytest.raises(vim.fault.TaskInProgress):
         client.wait(vm.CreateSnapshot_Task("two", "", False, False))
-    client.wait(first)
+    first.CancelTask()
+    eventually(lambda: first.info.state == "error", "the first task's end")
+    client.snapshot(vm, "two")
+    assert [s.name for s in vm.snapshot.rootSnapshotList] == ["two"]
 
 
 def test_the_depth_of_snapshots_is_limited(client: Client, control: Any, vm: Any) -> None:
@@ -276,10 +282,17 @@ def test_independent_and_raw_disks_behave_as_they_do(client: Client, control: An
 
 
 def test_disks_of_one_snapshot_are_cut_at_one_instant_while_the_guest_writes(
-    client: Client, control: Any
+    client: Client, control: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from farshore.lab.guest import ledger
+    freeze = Disk.freeze
 
+    def slow_freeze(disk: Disk) -> int:
+        """Open the window between the first disk's cut and the second's as wide as it gets."""
+        frozen = freeze(disk)
+        time.sleep(0.15)
+        return frozen
+
+    monkeypatch.setattr(Disk, "freeze", slow_freeze)
     control.create_vm("app", [SIZE, 8 * MIB], workload={"records_per_second": 400, "area_size": MIB})
     vm = client.vm("app")
     eventually(lambda: control.vm("app")["last_record"] > 20, "records")

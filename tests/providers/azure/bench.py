@@ -76,6 +76,10 @@ class Azure:
         """How often each resource whose id has `text` in it really came into being."""
         return {id_: n for id_, n in self.control.creations().items() if text.lower() in id_}
 
+    def states(self, text: str) -> set[str]:
+        """Provisioning states of what exists now."""
+        return {r.state for r in self.control.resources() if text.lower() in r.id.lower()}
+
     def there(self, text: str) -> list[str]:
         """Ids of what exists now."""
         return sorted(r.id for r in self.control.resources() if text.lower() in r.id.lower())

@@ -101,6 +101,7 @@ async def test_killed_between_put_and_poll_the_successor_makes_no_second_disk(
 ) -> None:
     handle = world.replica()
     notes = Notes(kill_when=lambda note: bool(note.get("token")))
+    cloud.control.time_scale(0.03)
     first = AzureSite(cloud.settings, snapshot_url=str)
     with pytest.raises(Killed):
         await first.create_disk(
@@ -118,7 +119,8 @@ async def test_killed_between_put_and_poll_the_successor_makes_no_second_disk(
     )
     await second.close()
     assert list(cloud.created(world.tag).values()) == [1]
-    assert cloud.control.disk_sha256(made.id)
+    assert cloud.states(world.tag) == {"Succeeded"}
+    assert cloud.control.disk_sha256(made.id) == sha256_of(b"boot" * 1024, 2 * MIB)
     assert cloud.asked("compute.Disks.create_or_update", after=mark, text=world.tag) == 0
     assert cloud.staged(world.tag) == []
 
@@ -171,6 +173,21 @@ async def test_a_broken_copy_is_told_and_replaced_at_the_next_attempt(
         world.owner(), world.spec(), world.request(handle), resume={}, checkpoint=Notes()
     )
     assert cloud.control.disk_sha256(made.id) == sha256_of(b"boot" * 1024, 2 * MIB)
+
+
+async def test_a_copy_of_another_point_is_not_imported(site: AzureSite, cloud: Azure, world: World) -> None:
+    """The run was killed after the copy, then went on with another point."""
+    notes = Notes(kill_when=lambda note: bool(note.get("token")))
+    owner = world.owner()
+    with pytest.raises(Killed):
+        await site.create_disk(
+            owner, world.spec(), world.request(world.replica(b"old" * 9)), resume={}, checkpoint=notes
+        )
+    cloud.control.delete_behind(cloud.there(world.tag)[0])
+    assert cloud.staged(world.tag) == [names.staging_blob(owner, 0)]
+    newer = world.request(world.replica(b"new" * 9), point="p-0000000002-ffffffff")
+    made = await site.create_disk(owner, world.spec(), newer, resume={}, checkpoint=Notes())
+    assert cloud.control.disk_sha256(made.id) == sha256_of(b"new" * 9, 2 * MIB)
 
 
 async def test_an_aborted_copy_is_replaced(site: AzureSite, cloud: Azure, world: World) -> None:

@@ -86,6 +86,7 @@ async def test_killed_between_put_and_poll_there_is_one_machine(
     owner, spec = world.owner(), world.spec()
     disks, nics = await parts(site, world, owner, spec)
     notes = Notes(kill_when=lambda note: bool(note.get("token")))
+    cloud.control.time_scale(0.01)
     first = AzureSite(cloud.settings, snapshot_url=str)
     with pytest.raises(Killed):
         await first.create_machine(owner, spec, disks, nics, resume={}, checkpoint=notes)
@@ -95,7 +96,30 @@ async def test_killed_between_put_and_poll_there_is_one_machine(
         owner, spec, disks, nics, resume=notes.last if keep_token else {}, checkpoint=Notes()
     )
     assert cloud.created(VM + spec.name) == {made.id.lower(): 1}
+    assert cloud.states(VM + spec.name) == {"Succeeded"}  # it was waited for
     assert cloud.asked("compute.VirtualMachines.create_or_update", after=mark, text=world.tag) == 0
+
+
+async def test_a_machine_that_somebody_makes_between_our_read_and_our_put_is_not_replaced(
+    site: AzureSite, cloud: Azure, world: World
+) -> None:
+    spec, other = world.spec(), world.owner("other", run="other")
+    theirs = await parts(site, world, world.owner(), spec)
+    ours = await parts(site, world, other, world.spec("other"))
+    cloud.control.consistency(resources=0.5)  # theirs is there, reads say no
+    with pytest.raises(Killed):
+        await site.create_machine(
+            world.owner(),
+            spec,
+            *theirs,
+            resume={},
+            checkpoint=Notes(kill_when=lambda note: bool(note.get("token"))),
+        )
+    with pytest.raises(FarshoreError) as caught:
+        await settled(lambda: site.create_machine(other, spec, *ours, resume={}, checkpoint=Notes()))
+    assert caught.value.code is Code.NAME_TAKEN
+    (row,) = [r for r in cloud.control.resources() if (VM + spec.name) in r.id.lower()]
+    assert row.tags["farshore-run"] == world.owner().run
 
 
 @pytest.mark.parametrize("times", [1, 2])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 
 import pytest
 from azure.mgmt.network import models as nm
@@ -132,6 +133,10 @@ async def test_interfaces_of_one_network_take_turns(site: AzureSite, cloud: Azur
     )
     refused = [r for r in cloud.control.requests(mark) if r.status in (409, 429)]
     assert refused == []
+    runs = [o for o in cloud.control.operations() if world.tag in o["resource"]]
+    spans = sorted((o["started"], o["ended"]) for o in runs)
+    assert len(spans) == 6
+    assert all(one[1] <= two[0] for one, two in itertools.pairwise(spans))
     assert list(cloud.created(world.tag).values()) == [1] * 6
 
 

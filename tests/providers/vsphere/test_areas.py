@@ -5,7 +5,7 @@ from __future__ import annotations
 from itertools import pairwise
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from farshore.providers.vsphere.areas import NotCovered, Window, collect, epoch, merge
@@ -34,6 +34,7 @@ def server(capacity: int, changed: list[tuple[int, int]], windows: list[int]):
 blocks = st.integers(0, 63)
 
 
+@settings(deadline=None)
 @given(
     st.integers(1, 64 * BLOCK),
     st.lists(st.tuples(blocks, st.integers(1, 8)), max_size=12),
@@ -49,6 +50,7 @@ def test_every_changed_byte_is_found_once_in_order_and_inside_the_disk(capacity,
     assert all(x.start + x.length < y.start for x, y in pairwise(found))  # merged, ordered
 
 
+@settings(deadline=None)
 @given(
     st.integers(2, 40).map(lambda n: n * BLOCK),
     st.integers(0, 39),

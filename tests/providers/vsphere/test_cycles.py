@@ -31,11 +31,11 @@ async def test_a_full_and_several_delta_cycles_are_equal_to_the_frozen_disks(con
 
 
 async def test_a_machine_that_writes_all_the_time_is_frozen_at_one_instant(control, machine, replica_of):
-    vm = machine(16 * MIB, 16 * MIB, workload={"records_per_second": 200, "churn_bytes_per_second": 4 * MIB})
+    vm = machine(8 * MIB, 8 * MIB, workload={"records_per_second": 200, "churn_bytes_per_second": 4 * MIB})
     replica = await replica_of(vm)
 
     def run():
-        for _ in range(4):
+        for _ in range(3):
             replica.cycle_and_check(control, vm)
 
     await asyncio.to_thread(run)
@@ -161,12 +161,12 @@ async def test_the_label_says_what_was_achieved(control, machine, site):
 
 async def test_several_machines_replicate_at_once_over_one_session(control, machine, replica_of, site):
     replicas = {}
-    for _ in range(5):
+    for _ in range(4):
         vm = machine(8 * MIB, workload={"records_per_second": 50})
         replicas[vm] = await replica_of(vm)
 
     def run(vm):
-        for _ in range(3):
+        for _ in range(2):
             replicas[vm].cycle_and_check(control, vm)
 
     await asyncio.gather(*(asyncio.to_thread(run, vm) for vm in replicas))

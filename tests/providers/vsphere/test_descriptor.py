@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from farshore.providers.vsphere.descriptor import FlatExtent, UnreadableDisk, parse, pieces
@@ -61,6 +61,7 @@ def test_what_cannot_be_read_by_range_is_refused_with_the_reason(content, says):
         parse(content)
 
 
+@settings(deadline=None)
 @given(st.lists(st.integers(1, 50), min_size=1, max_size=5), st.data())
 def test_pieces_cover_a_range_exactly(sectors, data):
     extents = parse(text(*(f'RW {n} FLAT "{i}" 0' for i, n in enumerate(sectors))))[1]

@@ -248,6 +248,7 @@ async def test_a_foreign_snapshot_stops_the_cycle_and_is_named(control, machine,
         with pytest.raises(FarshoreError, match="'before patch'") as caught:
             replica.cut()
         assert caught.value.code is Code.SOURCE_NOT_ELIGIBLE
+        assert caught.value.retryable  # a nightly backup must not end the protection
         control.remove_snapshot(vm, "before patch")
         replica.cycle_and_check(control, vm)
 

@@ -8,6 +8,7 @@ import time
 import pytest
 
 from farshore.domain.errors import Code, FarshoreError
+from farshore.domain.points import Consistency
 from farshore.lab import tls
 from farshore.lab.vcenter.service import LabVCenter
 from farshore.providers.ports import Power, Severity
@@ -176,6 +177,15 @@ async def test_enable_tracking_is_safe_to_repeat_and_leaves_no_snapshot(control,
     assert control.vm(vm)["snapshots"] == []
 
 
+async def test_enable_tracking_does_not_disturb_a_running_cycle(control, machine, site):
+    vm = machine()
+    await site.enable_tracking(vm)
+    cut = await asyncio.to_thread(site.open_source("m", vm).cut, "farshore-m-1-1", want=Consistency.CRASH)
+    await site.enable_tracking(vm)
+    assert await asyncio.to_thread(cut.read, "2000", 0, 512) == bytes(512)
+    await asyncio.to_thread(cut.release)
+
+
 # -- shutting down ---------------------------------------------------------------------------------------------------
 
 
@@ -210,6 +220,20 @@ async def test_without_tools_the_guest_cannot_be_asked(control, machine, site):
     done = await site.shut_down(vm, guest_timeout=60, force=True, checkpoint=Ticks())
     assert not done.graceful
     assert time.monotonic() - begun < 10
+
+
+async def test_many_machines_shut_down_side_by_side(control, machine, site):
+    vms = {machine(MIB, shutdown={"hangs": True}): Ticks() for _ in range(12)}
+    steps = [
+        asyncio.create_task(site.shut_down(vm, guest_timeout=100, force=False, checkpoint=ticks))
+        for vm, ticks in vms.items()
+    ]
+    await asyncio.wait_for(
+        asyncio.gather(*(ticks.first.wait() for ticks in vms.values())), 60
+    )  # all wait at once
+    for vm in vms:
+        control.power_off(vm)
+    assert all(step.graceful for step in await asyncio.gather(*steps))
 
 
 async def test_a_lost_answer_of_the_shutdown_is_waited_out(control, machine, site):
