@@ -57,6 +57,7 @@ class Begin(Message):
     operation: Operation
     run: str
     reason: str = ""
+    accept_data_loss: bool = False  # change of point after a planned failover: give up its zero loss
 
 
 class Advance(Message):
@@ -80,6 +81,7 @@ class Settle(Message):
     error: ErrorView | None = None
     point: PointView | None = None
     made: tuple[ResourceView, ...] = ()
+    source_stopped: bool = False  # cancelled: the source was, or may have been, shut down
     source_may_lack_changes: bool = False  # cancel: the reverse of what the replica got is unknown
 
 

@@ -14,7 +14,7 @@ of the same epoch and still kept) and belongs to an epoch that was opened below 
 reads the log again to choose one. A new owner's opening takes the first free number, which is the former owner's next
 one: creation-if-absent has one winner. If the opening wins, the former owner's next commit finds the number taken and
 stops for good. If the commit wins, it was in time: the opening goes one number further and the new owner starts from
-that point. Openings are kept for a month after their epoch ended, so the number does not become free again while any
+that point. Openings are kept for a week after their epoch ended, so the number does not become free again while any
 former owner could still be asleep. Numbers of pruned points do become free, but none of them is ever a former owner's
 next number; an opening that a dreaming owner puts there is not the newest entry, which it notices, and hurts nobody.
 A machine that was removed and protected again gets new epochs, which are never below the unix time: an entry from its
@@ -30,6 +30,7 @@ from __future__ import annotations
 import json
 import threading
 from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from hashlib import sha256
 from typing import Any, cast
@@ -40,6 +41,8 @@ from farshore.domain.points import RecoveryPoint
 from farshore.replication.backend import Backend, Stored
 from farshore.replication.manifest import Entry, Opening, cycle_of, decode, encode, number, point_id, to_point
 from farshore.replication.ports import Manifest
+
+_FETCH_AHEAD = 8  # requests at a time
 
 
 def safe_name(text: str) -> str:
@@ -113,7 +116,9 @@ class Log:
         dooms: dict[str, tuple[int, ...]] = {}
         top = 0
         seen: set[str] = set()
-        for stored in self._backend.list(self.prefix):
+        listing = self._backend.list(self.prefix)
+        self._fetch_ahead(listing)
+        for stored in listing:
             kind, _, rest = stored.name[len(self.prefix) :].partition("/")
             if kind == "m" and rest.endswith(".json") and rest[:-5].isdecimal():
                 at = int(rest[:-5])
@@ -145,6 +150,18 @@ class Log:
             held={cycle: frozenset(holders) for cycle, holders in held.items()},
             dooms=dooms,
         )
+
+    def _fetch_ahead(self, listing: Sequence[Stored]) -> None:
+        """A new process knows no entry yet: fetch many at a time instead of one after the other."""
+        prefix = f"{self.prefix}m/"
+        with self._lock:
+            unknown = [s for s in listing if s.name.startswith(prefix) and s.name not in self._cache]
+        if len(unknown) < _FETCH_AHEAD:
+            return
+        with ThreadPoolExecutor(_FETCH_AHEAD, thread_name_prefix="log") as pool:
+            wanted = [(s, s.name[len(prefix) :].removesuffix(".json")) for s in unknown]
+            for done in [pool.submit(self._entry, s, int(at)) for s, at in wanted if at.isdecimal()]:
+                done.result()
 
     def _entry(self, stored: Stored, at: int) -> tuple[tuple[Entry, str] | None, bool]:
         """The entry (None when damaged), and whether it is still there."""

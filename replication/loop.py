@@ -196,7 +196,7 @@ class _Leg:
         points = writer.points()
         self._newest = points[-1] if points else None
         if self._app_tried_at is None:
-            consistent = [point.taken_at for point in points if point.consistency is Consistency.APPLICATION]
+            consistent = [point.taken_at for point in points if point.consistency is not Consistency.CRASH]
             self._app_tried_at = max(consistent) if consistent else None
         self._tell("clearing what a predecessor left at the source")
         self._source.reap()

@@ -68,7 +68,7 @@ _PAGE = 512
 _IO = 4 << 20  # the most bytes of one request
 _TABLE_GAP = 8192  # unchanged bytes of a table that are written along to save a request
 _WINDOW_EXTENTS = 4096  # at most so many extents in a window; more are merged into a superset
-_OPENING_GRACE = 30 * 86400.0  # seconds an opening is kept after its epoch ended
+_OPENING_GRACE = 7 * 86400.0  # seconds an opening is kept after its epoch ended
 
 
 def fenced(machine: str, what: str) -> FarshoreError:

@@ -107,6 +107,7 @@ class Failover:
         self._actions: list[str] = []
         self._log: list[str] = []
         self._errors: list[ErrorView] = []
+        self._lost: set[str] = set()  # machines whose failure has been noticed
         self._abort: ErrorView | None = None
         self._network_deleted: tuple[ResourceView, ...] = ()
 
@@ -150,7 +151,8 @@ class Failover:
                     Code.NO_PENDING_ACTION, f"{decision.action!r} is not pending; this run waits for {waits}."
                 )
             )
-        if decision.by.casefold() in (given.casefold() for given in pending.given):
+        again = decision.by.casefold() in (given.casefold() for given in pending.given)
+        if again and decision.decision is DecisionKind.APPROVE:  # taking one's word back is always possible
             raise to_application_error(
                 FarshoreError(
                     Code.ACTION_REJECTED,
@@ -409,25 +411,43 @@ class Failover:
             )
         )
         self._look_for_abort()
-        failed = [
-            row
-            for part in live
-            if (part.id, stage.name) in self._reports
-            for row in self._reports[part.id, stage.name].machines
-            if row.outcome in (StageOutcome.FAILED, StageOutcome.STOPPED) and row.stage == stage.name
-        ]
-        for row in failed:
-            if row.error is not None:
-                self._errors.append(row.error)
-                self._say(f"{row.machine} failed: {row.error.message}")
+        failed = [view for part in parts for view in self._newly_failed(part, stage)]
         if failed and (
             self._course.stops_at_error or (self._ask.kind is RunKind.TEST and stage.name == "prepare")
         ):
-            first = failed[0].error or _view(Code.RUN_FAILED, failed[0].note)
-            raise _Stop(first)
+            raise _Stop(failed[0])
+
+    def _newly_failed(self, part: _Part, stage: Stage) -> list[ErrorView]:
+        """Failures of a part's machines that no stage has counted yet: also of machines or whole groups whose workflow
+        was ended by hand, at whatever stage, and which therefore never reported."""
+        report = self._reports.get((part.id, stage.name))
+        lost: list[tuple[str, ErrorView]] = []
+        if report is not None:
+            lost = [
+                (row.machine, row.error or _view(Code.RUN_FAILED, row.note or f"{row.machine} failed."))
+                for row in report.machines
+                if row.outcome in (StageOutcome.FAILED, StageOutcome.STOPPED)
+            ]
+        elif part.handle.done() and part.handle.exception() is not None:
+            view = error_view(part.handle.exception() or RuntimeError(), subject=part.id)
+            lost = [(mr.machine, view) for mr in part.machines]
+        elif part.handle.done():
+            lost = [
+                (r.machine, r.error or _view(Code.RUN_FAILED, r.note or f"{r.machine} failed."))
+                for r in part.handle.result()
+                if r.outcome in (Outcome.FAILED, Outcome.STOPPED)
+            ]
+        fresh = [(machine, view) for machine, view in lost if machine not in self._lost]
+        for machine, view in fresh:
+            self._lost.add(machine)
+            self._errors.append(view)
+            self._say(f"{machine} failed: {view.message}")
+        return [view for _, view in fresh]
 
     def _must_have_work(self, stage: Stage) -> None:
         rows = [self._rows.get(name) for name in self._group_of]
+        if self._ask.kind is RunKind.CLEANUP and not self._ask.machines:
+            return  # the network of a test may be left even where no machine is
         if all(row is not None and row.outcome is StageOutcome.SKIPPED for row in rows) and rows:
             if self._course.stops_at_error or self._ask.kind is RunKind.UNPLANNED:
                 note = f"Every machine of {self._ask.plan} was left out: {self._course.skip_note}."
@@ -513,11 +533,12 @@ class Failover:
         answers = await self._wait_for(
             key, action.manual, action.instructions or "", needs=1, timeout=action.timeout
         )
-        last = answers[-1]
-        if last.decision is DecisionKind.REJECT:
+        refused = next((a for a in answers if a.decision is DecisionKind.REJECT), None)
+        if refused is not None:
             raise _Stop(
                 _view(
-                    Code.ACTION_REJECTED, f"{last.by} rejected “{action.manual}”. {last.observation}".strip()
+                    Code.ACTION_REJECTED,
+                    f"{refused.by} rejected “{action.manual}”. {refused.observation}".strip(),
                 )
             )
 
@@ -672,8 +693,11 @@ class Failover:
         machines = await self._results()
         if self._ask.kind is RunKind.CLEANUP and stopped is None:
             await self._remove_network(machines)
-        if stopped is not None and self._ask.kind is RunKind.TEST and not self._parts:
-            pass  # nothing was made but, at most, the empty network; the next clean-up finds it by its tags
+            if not self._network_deleted and all(r.outcome is Outcome.SKIPPED for r in machines):
+                stopped = _view(
+                    Code.OPERATION_NOT_ALLOWED,
+                    f"There is nothing to clean up in {self._ask.plan}: {self._course.skip_note}.",
+                )
         result = self._result(machines, stopped)
         await workflow.wait_condition(workflow.all_handlers_finished)
         workflow.upsert_search_attributes([names.STATE.value_set(result.status.value)])
@@ -704,7 +728,8 @@ class Failover:
                 found += await part.handle
             except ChildWorkflowError as error:
                 view = error_view(error, subject=part.id)
-                self._errors.append(view)
+                if not self._lost.issuperset(mr.machine for mr in part.machines):
+                    self._errors.append(view)
                 found += [
                     MachineResult(machine=mr.machine, outcome=Outcome.FAILED, error=view)
                     for mr in part.machines
@@ -738,7 +763,7 @@ class Failover:
     def _result(self, machines: Sequence[MachineResult], stopped: ErrorView | None) -> RunResult:
         good = [r for r in machines if r.outcome is Outcome.SUCCEEDED]
         bad = [r for r in machines if r.outcome in (Outcome.FAILED, Outcome.STOPPED)]
-        if stopped is not None or not good:
+        if stopped is not None or not (good or self._network_deleted):
             status = RunStatus.FAILED
         elif bad or self._errors:
             status = RunStatus.PARTIALLY_SUCCEEDED

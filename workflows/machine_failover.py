@@ -72,6 +72,7 @@ class MachineFailover:
         # what the steps find out
         self._began_at = workflow.now()
         self._reachable = True
+        self._source_stopped = False  # from the moment in which it may have been
         self._final: PointView | None = None
         self._fence: FenceToken | None = None
         self._point: PointView | None = None
@@ -159,7 +160,12 @@ class MachineFailover:
                 asyncio.ensure_future(
                     self._update(
                         "settle",
-                        Settle(run=self._in.run, outcome=outcome, error=error),
+                        Settle(
+                            run=self._in.run,
+                            outcome=outcome,
+                            error=error,
+                            source_stopped=self._source_stopped,
+                        ),
                         f"settle {outcome.value}",
                     )
                 )
@@ -175,7 +181,13 @@ class MachineFailover:
         self._say("taking the machine's lock")
         try:
             status = await self._update(
-                "begin", Begin(operation=self._course.operation, run=self._in.run), "begin"
+                "begin",
+                Begin(
+                    operation=self._course.operation,
+                    run=self._in.run,
+                    accept_data_loss=self._in.accept_data_loss,
+                ),
+                "begin",
             )
         except ActivityError as error:
             view = error_view(error, subject=self._in.machine)
@@ -186,18 +198,6 @@ class MachineFailover:
         self._begun = True
         self._state = status.state.main.value
         self._point = status.point_in_use
-        if (
-            self._in.kind is RunKind.CHANGE_POINT
-            and status.point_in_use is not None
-            and status.point_in_use.final
-            and not self._in.accept_data_loss
-        ):
-            raise FarshoreError(
-                Code.DATA_LOSS_NOT_APPROVED,
-                f"{self._in.machine} failed over without loss; another point gives up what was written after it.",
-                subject=self._in.machine,
-                action="Start it again with accept_data_loss: true.",
-            )
 
     async def _check_source(self) -> None:
         seen = await run_step(
@@ -217,6 +217,7 @@ class MachineFailover:
         await self._power_off(None)
 
     async def _power_off(self, rules: s.Rules | None) -> None:
+        self._source_stopped = True
         down = await run_step(
             s.SHUT_DOWN_SOURCE,
             m.ShutDownCall(

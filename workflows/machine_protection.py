@@ -103,22 +103,28 @@ class MachineProtection:
         )
         self._leg = leg
         self._show()
+        called_off = False
         try:
-            await workflow.wait_condition(lambda: leg.done() or not self._replicates())
+            await workflow.wait_condition(lambda: leg.done() or self._leg_is_wrong(repairing))
             if not leg.done():
+                called_off = True
                 leg.cancel()
             report = await leg
         except ActivityError as error:
-            if self._replicates():
+            if not called_off:
                 await self._leg_failed(error_view(error, subject=spec.machine), initial=initial)
             return
         except asyncio.CancelledError:
-            if self._replicates():
+            if not called_off:
                 raise  # the workflow itself is cancelled
             return
         finally:
             self._leg = None
         await self._leg_done(report, initial=initial, repairing=repairing)
+
+    def _leg_is_wrong(self, repairing: bool) -> bool:
+        """Nothing is to be replicated any more, or a person has asked for a resynchronisation meanwhile."""
+        return not self._replicates() or (self._s.state.resync is ResyncState.INITIATED and not repairing)
 
     async def _leg_done(self, report: m.LegReport, *, initial: bool, repairing: bool) -> None:
         state = dm.with_health(self._s.state, Health.NORMAL)
@@ -201,8 +207,11 @@ class MachineProtection:
             )
         if self._s.holder == ask.run and self._s.operation is ask.operation:
             return
+        point = self._s.point_in_use
         try:
             dm.begin(self._s.state, ask.operation, _CAPABILITIES)
+            if ask.operation is Operation.CHANGE_POINT and point is not None and point.final:
+                _may_lose(ask)
         except FarshoreError as error:
             named = FarshoreError(
                 error.code,
@@ -284,7 +293,7 @@ class MachineProtection:
             return dm.fail(state), changes
         if ask.outcome is SettleOutcome.CANCELLED:
             try:
-                return dm.cancel(state, source_stopped=self._s.halted), changes
+                return dm.cancel(state, source_stopped=ask.source_stopped or self._s.halted), changes
             except FarshoreError:
                 return dm.fail(state), changes
         if state.main in (
@@ -295,8 +304,12 @@ class MachineProtection:
         state = dm.succeed(state, resync_required=ask.source_may_lack_changes)
         match operation:
             case Operation.PLANNED_FAILOVER | Operation.UNPLANNED_FAILOVER | Operation.CHANGE_POINT:
+                newest = self._s.newest_point
+                if ask.point is not None and (newest is None or ask.point.cycle > newest.cycle):
+                    newest = ask.point
                 changes = {
                     "point_in_use": ask.point,
+                    "newest_point": newest,
                     "recovered": ask.made,
                     "last_failover_at": workflow.now(),
                 }
@@ -343,7 +356,14 @@ class MachineProtection:
         if self._s.holder != ask.holder:
             return self.status()
         entry = FarshoreError(Code.RUN_ABORTED, ask.reason, subject=self._s.spec.machine)
-        self._end(Settle(run=ask.holder, outcome=SettleOutcome.CANCELLED, error=ErrorView.of(entry.info)))
+        self._end(
+            Settle(
+                run=ask.holder,
+                outcome=SettleOutcome.CANCELLED,
+                error=ErrorView.of(entry.info),
+                source_stopped=True,  # nobody is left to tell: a source that may be off is not called protected
+            )
+        )
         return self.status()
 
     @workflow.update(description="Use other replication settings from the next leg on")
@@ -381,11 +401,6 @@ class MachineProtection:
             source_site=st.spec.source_site,
             target_site=st.spec.target_site,
         )
-
-    @workflow.signal(description="A point was committed outside the loop (final cycle of a planned failover)")
-    def point_committed(self, point: PointView) -> None:
-        if self._s.newest_point is None or point.cycle > self._s.newest_point.cycle:
-            self._set(newest_point=point)
 
     # -- help -----------------------------------------------------------------------------------------------------
 
@@ -430,6 +445,15 @@ class MachineProtection:
         if st.error is not None:
             lines.append(f"- **Problem:** {st.error.text()}")
         workflow.set_current_details("\n".join(lines))
+
+
+def _may_lose(ask: Begin) -> None:
+    if not ask.accept_data_loss:
+        raise FarshoreError(
+            Code.DATA_LOSS_NOT_APPROVED,
+            "It failed over without loss; another point gives up what was written after it.",
+            action="Start it again with accept_data_loss: true.",
+        )
 
 
 def _settle_test(state: MachineState, outcome: SettleOutcome) -> MachineState:

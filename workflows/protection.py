@@ -33,7 +33,8 @@ with workflow.unsafe.imports_passed_through():
     from farshore.workflows.steps import run_step
 
 _AT_ONCE = 20  # machines worked on at the same time
-_ENABLE_FROM = {MainState.UNPROTECTED: Operation.ENABLE, MainState.ENABLING_FAILED: Operation.ENABLE}
+# EnablingProtection: either another run is at it, which the update says, or one that has ended left its lock.
+_ENABLE_FROM = (MainState.UNPROTECTED, MainState.ENABLING_FAILED, MainState.ENABLING_PROTECTION)
 
 
 @workflow.defn(name=names.PROTECTION)

@@ -7,6 +7,7 @@ resource changes when it ends (`complete`, `fail`, in the loop's thread, one tra
 from __future__ import annotations
 
 import asyncio
+import logging
 import math
 import random
 import time
@@ -65,6 +66,7 @@ class Kind:
     work: Callable[[World, Operation], Any] | None = None
 
 
+_LOG = logging.getLogger("farshore.lab.azure")
 KINDS: dict[str, Kind] = {}
 
 
@@ -194,6 +196,9 @@ class Engine:
                     operation.status = "Succeeded"
                 except ArmError as refusal:
                     error = refusal
+                except Exception as crash:  # a defect here must end the operation loudly, not hang its client
+                    _LOG.exception("completing %s of %s", operation.kind, operation.resource)
+                    error = ArmError(500, "InternalExecutionError", f"{type(crash).__name__}: {crash}")
             if error is not None:
                 operation.status = operation.planned.get("status", "Failed")
                 operation.error, operation.error_status = error.inner(), max(error.status, 400)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 import time
 import uuid
 from collections.abc import Callable
@@ -31,6 +32,9 @@ class Recorded:
     status: int
     headers: dict[str, str]
     body: Any
+
+
+_LOG = logging.getLogger("farshore.lab.azure")
 
 
 class ConnectionDropped(Exception):
@@ -133,8 +137,14 @@ class ArmServer:
             if head:
                 answer = Answer(204)
         except ArmError as refusal:
-            answer = Answer(404 if request.method == "HEAD" and refusal.status == 404 else refusal.status,
-                            refusal.body(), dict(refusal.headers))  # fmt: skip
+            answer = _refused(request, refusal)
+        except ConnectionDropped:
+            raise
+        except Exception as defect:  # a defect of the laboratory is answered the way Azure answers its own
+            _LOG.exception("%s %s", request.method, request.path)
+            answer = _refused(
+                request, ArmError(500, "InternalServerError", f"{type(defect).__name__}: {defect}")
+            )
         if fault is not None and fault.action == "drop_after":
             raise ConnectionDropped
         return self._respond(request, route, answer)
@@ -307,6 +317,11 @@ class ArmServer:
         elif fault.action == "status":
             headers = {} if fault.retry_after is None else {"Retry-After": str(fault.retry_after)}
             raise ArmError(fault.status, fault.code, fault.message, headers=headers)
+
+
+def _refused(request: web.Request, refusal: ArmError) -> Answer:
+    body = None if request.method == "HEAD" else refusal.body()
+    return Answer(refusal.status, body, dict(refusal.headers))
 
 
 def _planned(fault: Fault) -> Json:

@@ -164,6 +164,11 @@ def patch(world: World, call: Call) -> Answer:
     world.compute_busy(vm)
     check_tags(call.body.get("tags"))
     given = sub(call.body, "properties")
+    unserved = sorted({n for n, v in given.items() if v is not None} - {"hardwareProfile", "storageProfile"})
+    if unserved:
+        raise ArmError(
+            400, "InvalidParameter", f"The laboratory can't change {', '.join(unserved)} by PATCH."
+        )
     changed = Resource(vm.id, VM, vm.group, vm.name, {**vm.body, "properties": dict(vm.properties)})
     if "tags" in call.body:
         changed.body["tags"] = dict(call.body["tags"] or {})

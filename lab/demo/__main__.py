@@ -25,7 +25,7 @@ from farshore.lab.demo.application import MACHINES, NAMES, Proof, prove
 from farshore.lab.stack import Stack, StackError, wait_until
 
 PLAN = "crm"
-console = Console(highlight=False, soft_wrap=True)
+console = Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else 140)
 
 
 class DemoFailed(Exception):

@@ -11,13 +11,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from farshore.lab.vcenter import devices
-from farshore.lab.vcenter.bitmap import BLOCK, blocks, runs
-from farshore.lab.vcenter.cbt import StaleChangeIdError
+from farshore.lab.vcenter import change_query, devices, machine_view
 from farshore.lab.vcenter.disks import Disk
 from farshore.lab.vcenter.objects import Entity, wsdl
-from farshore.lab.vcenter.snapshots import Snapshot, SnapshotTree
-from farshore.lab.vcenter.vim import array, long, make_fault, vim
+from farshore.lab.vcenter.snapshots import SnapshotTree
+from farshore.lab.vcenter.vim import array, invalid_argument, make_fault, vim
 
 if TYPE_CHECKING:
     from farshore.lab.vcenter.inventory import Datacenter, Datastore, Host
@@ -25,12 +23,6 @@ if TYPE_CHECKING:
     from farshore.lab.vcenter.tasks import Task
 
 ON, OFF = "poweredOn", "poweredOff"
-
-
-def invalid_argument(name: str) -> Any:
-    return make_fault(
-        "vmodl.fault.InvalidArgument", f"A specified parameter was not correct: {name}", invalidProperty=name
-    )
 
 
 class Machine(Entity):
@@ -182,118 +174,22 @@ class Machine(Entity):
         return array(vim.vm.Snapshot, [s.ref for s in self.tree.roots()])
 
     def p_capability(self) -> Any:
-        unset = {"changeTrackingSupported": True}
-        names = [p.name for p in vim.vm.Capability._GetPropertyList() if p.type is bool]
-        return vim.vm.Capability(**{n: unset.get(n, n in _CAPABLE) for n in names})
+        return machine_view.capability(self)
 
     def p_runtime(self) -> Any:
-        with self.lab.lock:
-            return vim.vm.RuntimeInfo(
-                host=self.host.ref,
-                connectionState="connected",
-                powerState=self.power,
-                faultToleranceState="notConfigured",
-                toolsInstallerMounted=False,
-                suspendInterval=long(0),
-                numMksConnections=0,
-                recordReplayState="inactive",
-                onlineStandby=False,
-                maxCpuUsage=4000 if self.powered_on else None,
-                maxMemoryUsage=self.memory_mb if self.powered_on else None,
-                consolidationNeeded=self.tree.consolidation_needed,
-            )
+        return machine_view.runtime(self)
 
     def p_guest(self) -> Any:
-        up = self.tools_running
-        installed = self.tools != "notInstalled"
-        nics: list[Any] = []
-        if up:
-            nics = [
-                vim.vm.GuestInfo.NicInfo(
-                    network=self._network_name(nic),
-                    macAddress=nic["mac"],
-                    ipAddress=[nic["ip"]] if nic.get("ip") else [],
-                    connected=True,
-                    deviceConfigId=nic["key"],
-                )
-                for nic in self.nics
-            ]
-        return vim.vm.GuestInfo(
-            toolsStatus="toolsOk" if up else "toolsNotRunning" if installed else "toolsNotInstalled",
-            toolsVersionStatus="guestToolsCurrent" if installed else "guestToolsNotInstalled",
-            toolsVersionStatus2="guestToolsCurrent" if installed else "guestToolsNotInstalled",
-            toolsRunningStatus="guestToolsRunning" if up else "guestToolsNotRunning",
-            toolsVersion="12352" if installed else "0",
-            guestId=self.guest_id if up else None,
-            guestFamily="windowsGuest" if self.guest_id.startswith("win") else "linuxGuest",
-            guestFullName=self.guest_full_name if up else None,
-            hostName=self.hostname if up else None,
-            ipAddress=next(iter(self.addresses()), None) if up else None,
-            net=nics,
-            guestState="running" if up else "notRunning",
-            guestOperationsReady=up,
-            interactiveGuestOperationsReady=False,
-        )
+        return machine_view.guest(self)
 
     def p_guestHeartbeatStatus(self) -> Any:
         return "green" if self.tools_running else "gray"
 
     def p_summary(self) -> Any:
-        disks = len(self.disks)
-        return vim.vm.Summary(
-            vm=self.ref,
-            runtime=self.p_runtime(),
-            guest=vim.vm.Summary.GuestSummary(
-                guestId=self.guest_id if self.tools_running else None,
-                toolsRunningStatus="guestToolsRunning" if self.tools_running else "guestToolsNotRunning",
-                hostName=self.hostname if self.tools_running else None,
-                ipAddress=next(iter(self.addresses()), None) if self.tools_running else None,
-            ),
-            config=vim.vm.Summary.ConfigSummary(
-                name=self.name,
-                template=self.template,
-                vmPathName=self.vmx,
-                memorySizeMB=self.memory_mb,
-                numCpu=self.num_cpu,
-                numEthernetCards=len(self.nics),
-                numVirtualDisks=disks,
-                uuid=self.uuid,
-                instanceUuid=self.instance_uuid,
-                guestId=self.guest_id,
-                guestFullName=self.guest_full_name,
-                annotation=self.annotation,
-            ),
-            quickStats=vim.vm.Summary.QuickStats(guestHeartbeatStatus=self.p_guestHeartbeatStatus()),
-            overallStatus="green",
-        )
+        return machine_view.summary(self)
 
     def p_layoutEx(self) -> Any:
-        files: list[Any] = []
-        layouts: list[Any] = []
-
-        def add(name: str, kind: str, size: int) -> int:
-            key = len(files)
-            files.append(
-                vim.vm.FileLayoutEx.FileInfo(key=key, name=name, type=kind, size=long(size), accessible=True)
-            )
-            return key
-
-        with self.lab.lock:
-            add(self.vmx, "config", 2048)
-            for disk in self.disks.values():
-                chain: list[Any] = []
-                for number in reversed(disk.chain(disk.live)):
-                    keys = [add(self.file_name(disk, number), "diskDescriptor", 500)]
-                    if self.datastore_of(disk).has_extents:
-                        extent = f"[{disk.datastore}] {self.directory}/{disk.extent_name(number)}"
-                        keys.append(add(extent, "diskExtent", disk.capacity))
-                    chain.append(vim.vm.FileLayoutEx.DiskUnit(fileKey=keys))
-                layouts.append(vim.vm.FileLayoutEx.DiskLayout(key=disk.key, chain=chain))
-            snapshots = [
-                vim.vm.FileLayoutEx.SnapshotLayout(key=s.ref, dataKey=-1, memoryKey=-1)
-                for s in self.tree.all()
-            ]
-        return vim.vm.FileLayoutEx(file=files, disk=layouts, snapshot=snapshots, timestamp=self.lab.started)
+        return machine_view.layout(self)
 
     # ------------------------------------------------------------------ power and guest
 
@@ -509,92 +405,7 @@ class Machine(Entity):
     def QueryChangedDiskAreas(
         self, deviceKey: int, startOffset: int, changeId: str, snapshot: Any = None
     ) -> Any:
-        disk = self.disks.get(deviceKey)
-        if disk is None:
-            raise invalid_argument("deviceKey")
-        with self.io:
-            link, until, capacity = self._point(disk, snapshot)
-            if not 0 <= startOffset < capacity:
-                raise invalid_argument("startOffset")
-            settings = self.lab.settings
-            if changeId == "*":
-                changed = disk.allocated(link)
-            else:
-                assert disk.cbt is not None
-                try:
-                    changed = disk.cbt.changed(changeId, until)
-                except StaleChangeIdError as error:
-                    raise self._stale(disk, link) from error
-        window = settings.cbt_window or capacity
-        end = min(capacity, startOffset + window)
-        if self.datastore_of(disk).kind == "nfs_whole":
-            areas = [(startOffset, end - startOffset)]
-        else:
-            if settings.defect_over_report:
-                changed |= (changed << 1 | changed >> 1) & ((1 << blocks(capacity)) - 1)
-            first = startOffset // BLOCK
-            part = (changed >> first) & ((1 << (blocks(end) - first)) - 1)
-            areas = []
-            for bit, count in runs(part):
-                start = max(startOffset, (first + bit) * BLOCK)
-                areas.append((start, min(end, (first + bit + count) * BLOCK) - start))
-        extent = vim.VirtualMachine.DiskChangeInfo.DiskChangeExtent
-        return vim.VirtualMachine.DiskChangeInfo(
-            startOffset=startOffset,
-            length=end - startOffset,
-            changedArea=[extent(start=start, length=length) for start, length in areas],
-        )
-
-    def _point(self, disk: Disk, snapshot: Any) -> tuple[int, int, int]:
-        """(link, change number, capacity) that a query is about."""
-        if snapshot is None:
-            if self.powered_on or disk.cbt is None:
-                raise self._file_fault(disk, disk.live)
-            return disk.live, disk.cbt.number, disk.capacity
-        found = self.lab.find(snapshot)
-        if not isinstance(found, Snapshot) or found.machine is not self:
-            raise invalid_argument("snapshot")
-        frozen = found.view.get(str(disk.key))
-        if frozen is None:
-            raise invalid_argument("deviceKey")
-        change_id: str | None = frozen["change_id"]
-        if change_id is None or disk.cbt is None:
-            raise self._file_fault(disk, frozen["link"])
-        try:
-            until = disk.cbt.parse(change_id)
-        except StaleChangeIdError as error:
-            raise self._file_fault(disk, frozen["link"]) from error
-        return frozen["link"], until, frozen["capacity"]
-
-    def _stale(self, disk: Disk, link: int) -> Any:
-        if self.lab.settings.stale_id_fault == "vim.fault.FileFault":
-            return self._file_fault(disk, link)
-        return invalid_argument("changeId")
-
-    def _file_fault(self, disk: Disk, link: int) -> Any:
-        path = f"/vmfs/volumes/{self.datastore_of(disk).uuid}/{self.directory}/{disk.descriptor_name(link)}"
-        return make_fault("vim.fault.FileFault", f"Error caused by file {path}", file=path)
-
-    def _network_name(self, nic: dict[str, Any]) -> str:
-        network = self.lab.find_moid(nic["network"])
-        return network.label if network else ""
-
-
-_CAPABLE = {
-    "snapshotOperationsSupported",
-    "multipleSnapshotsSupported",
-    "snapshotConfigSupported",
-    "poweredOffSnapshotsSupported",
-    "memorySnapshotsSupported",
-    "revertToSnapshotSupported",
-    "quiescedSnapshotsSupported",
-    "consolePreferencesSupported",
-    "toolsSyncTimeSupported",
-    "changeTrackingSupported",
-    "bootOptionsSupported",
-    "npivWwnOnNonRdmVmSupported",
-    "settingVideoRamSizeSupported",
-}
+        return change_query.answer(self, deviceKey, startOffset, changeId, snapshot)
 
 
 def _progress(task: Task) -> Callable[[float], None]:

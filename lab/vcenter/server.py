@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from farshore.lab.vcenter.service import LabVCenter
 
 log = logging.getLogger(__name__)
-HANDSHAKE_TIMEOUT = 15.0
+HANDSHAKE_TIMEOUT = 60.0
 MAX_SOAP = 64 << 20
 
 

@@ -60,6 +60,13 @@ def make_fault(name: str, message: str | None = None, /, **fields: Any) -> Any:
     return fault
 
 
+def invalid_argument(name: str) -> Any:
+    """The fault for a parameter that makes no sense."""
+    return make_fault(
+        "vmodl.fault.InvalidArgument", f"A specified parameter was not correct: {name}", invalidProperty=name
+    )
+
+
 def _required(kind: Any) -> Any:
     if kind in (str, bool, int, long):
         return kind()

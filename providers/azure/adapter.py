@@ -52,7 +52,7 @@ class AzureSite:
         self._clients = AzureClients(settings)
         self._pause = Pause()
         self._store: AzureReplicaStore | None = None
-        locks = Locks()
+        locks = Locks(settings.network_parallel)
         staging = Staging(self._clients)
         ensure = Ensurer(settings, Births(settings.visibility_grace))
         self._networks = Networks(self._clients, ensure, locks)

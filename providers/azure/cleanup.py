@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncIterable, Awaitable, Callable, Mapping, Sequence
+from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -178,8 +179,7 @@ class Cleanup:
             await drive(begin, doing=doing, subject=name)
 
         try:
-            # Sorted, so that two interfaces of two networks can't wait for each other.
-            await self._locked(sorted(found.vnets), go)
+            await self._locked(found, go)
         except AzureError as error:
             if is_missing(error):
                 return
@@ -190,12 +190,15 @@ class Cleanup:
                 ) from error
             raise shown from error
 
-    async def _locked(self, vnets: Sequence[str], go: Callable[[], Awaitable[None]]) -> None:
-        if not vnets:
+    async def _locked(self, found: Found, go: Callable[[], Awaitable[None]]) -> None:
+        async with AsyncExitStack() as held:
+            # Sorted, so that two interfaces of two networks can't wait for each other.
+            for vnet in sorted(found.vnets):
+                lock = self._locks.of(vnet)
+                await held.enter_async_context(
+                    lock.whole() if found.resource.kind == "network" else lock.shared()
+                )
             await go()
-            return
-        async with self._locks.of(vnets[0]):
-            await self._locked(vnets[1:], go)
 
     def _deleter(self, kind: str) -> Callable[[str, str], Awaitable[AsyncLROPoller[None]]]:
         compute, network = self._clients.compute, self._clients.network

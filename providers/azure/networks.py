@@ -1,14 +1,16 @@
 """Network interfaces, public addresses and the isolated networks of tests.
 
-Writes that touch a virtual network take turns inside this process: Azure answers a second one with "another operation in
-progress". Other processes are met by the same answer, which is retryable.
+A write on a virtual network or its subnets is alone on that network inside this process: Azure answers a second one, and
+an interface made meanwhile, with "another operation in progress". Interfaces among themselves go several at a time, or a
+thousand machines would wait for an hour. Other processes are met by Azure's own answer, which is retryable.
 """
 
 from __future__ import annotations
 
 import asyncio
 import ipaddress
-from collections.abc import Sequence
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
 
 from azure.core.exceptions import AzureError
 from azure.core.polling import AsyncLROPoller
@@ -24,14 +26,39 @@ from farshore.providers.ports import Owner, Resource, TargetNic, TargetSpec
 IpNetwork = ipaddress.IPv4Network | ipaddress.IPv6Network
 
 
+class VnetLock:
+    """Several interfaces at a time, or one change of the network itself. Waiters are served in order."""
+
+    def __init__(self, parallel: int) -> None:
+        self._places = parallel
+        self._gate = asyncio.Semaphore(parallel)
+        self._turn = asyncio.Lock()
+
+    @asynccontextmanager
+    async def shared(self) -> AsyncGenerator[None]:
+        """For writes on interfaces inside the network."""
+        async with self._gate:
+            yield
+
+    @asynccontextmanager
+    async def whole(self) -> AsyncGenerator[None]:
+        """For writes on the network and its subnets."""
+        async with AsyncExitStack() as held:
+            await held.enter_async_context(self._turn)
+            for _ in range(self._places):
+                await held.enter_async_context(self._gate)
+            yield
+
+
 class Locks:
-    """One lock a virtual network."""
+    """One lock a virtual network; belongs to one event loop."""
 
-    def __init__(self) -> None:
-        self._locks: dict[str, asyncio.Lock] = {}
+    def __init__(self, parallel: int) -> None:
+        self._parallel = max(1, parallel)
+        self._locks: dict[str, VnetLock] = {}
 
-    def of(self, vnet_id: str) -> asyncio.Lock:
-        return self._locks.setdefault(vnet_id.lower(), asyncio.Lock())
+    def of(self, vnet_id: str) -> VnetLock:
+        return self._locks.setdefault(vnet_id.lower(), VnetLock(self._parallel))
 
 
 def locate(text: str, default_group: str) -> tuple[str, str]:
@@ -162,7 +189,7 @@ class Networks:
             owner=owner,
             step=f"nic{index}",
         )
-        async with self.locks.of(vnet_of_subnet(subnet_id)):
+        async with self.locks.of(vnet_of_subnet(subnet_id)).shared():
             try:
                 made = await self._ensure(wanted)
             except FarshoreError as error:
@@ -240,7 +267,7 @@ class Networks:
             owner=owner,
             step="network",
         )
-        async with self.locks.of(wanted.id):
+        async with self.locks.of(wanted.id).whole():
             await self._ensure(wanted)
         return name
 

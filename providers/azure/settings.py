@@ -39,6 +39,9 @@ class AzureSettings:
         True  # False: import the blob snapshot's own address (unconfirmed on real Azure)
     )
     disk_sku: str = "StandardSSD_LRS"
+    network_parallel: int = (
+        8  # interfaces of one virtual network written at a time; 1 where Azure bears no more
+    )
     removal_patience: float = (
         240.0  # how long a clean-up waits for what is busy, e.g. an interface that stays reserved
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from datetime import UTC, datetime, timedelta
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from farshore.domain.points import Consistency, RecoveryPoint
@@ -52,6 +52,7 @@ def test_a_five_minute_policy_keeps_about_166_points_in_the_long_run() -> None:
     assert 162 <= len(kept) <= 170
 
 
+@settings(deadline=None, max_examples=60)
 @given(machines())
 def test_the_newest_the_pinned_the_held_and_the_last_app_consistent_stay(points: list[RecoveryPoint]) -> None:
     held = {points[len(points) // 2].id}
@@ -63,6 +64,7 @@ def test_the_newest_the_pinned_the_held_and_the_last_app_consistent_stay(points:
     assert not app or app[-1].id not in victims
 
 
+@settings(deadline=None, max_examples=60)
 @given(machines())
 def test_what_is_pruned_has_a_better_one_in_its_window_or_is_too_old(points: list[RecoveryPoint]) -> None:
     policy = RetentionPolicy()
@@ -81,6 +83,7 @@ def test_what_is_pruned_has_a_better_one_in_its_window_or_is_too_old(points: lis
             assert any(p.consistency is Consistency.APPLICATION and p.cycle > victim.cycle for p in better)
 
 
+@settings(deadline=None, max_examples=60)
 @given(machines())
 def test_pruning_twice_prunes_nothing_more(points: list[RecoveryPoint]) -> None:
     gone = {p.id for p in prune(points, RetentionPolicy(), NOW)}

@@ -8,7 +8,7 @@ from itertools import pairwise
 
 import pytest
 from blake3 import blake3
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from farshore.domain.errors import Code, FarshoreError
@@ -29,6 +29,7 @@ def covered(runs) -> set[int]:
     return {s for run in runs for s in range(run.start // 512, -(-(run.start + run.length) // 512))}
 
 
+@settings(deadline=None, max_examples=60)
 @given(extents)
 def test_normalised_extents_cover_every_touched_leaf_of_the_disk_and_no_other(runs: list[Extent]) -> None:
     result = normalise(runs, SIZE)
@@ -38,6 +39,7 @@ def test_normalised_extents_cover_every_touched_leaf_of_the_disk_and_no_other(ru
     assert all(run.start % LEAF == 0 for run in result)
 
 
+@settings(deadline=None, max_examples=60)
 @given(extents, st.integers(1, 9))
 def test_split_and_batches_keep_the_bytes(runs: list[Extent], leaves_each: int) -> None:
     whole = normalise(runs, SIZE)
@@ -50,6 +52,7 @@ def test_split_and_batches_keep_the_bytes(runs: list[Extent], leaves_each: int) 
     assert all(total(group) <= limit for group in groups)
 
 
+@settings(deadline=None, max_examples=60)
 @given(extents, st.integers(1, 4))
 def test_coarser_extents_are_a_superset(runs: list[Extent], most: int) -> None:
     whole = normalise(runs, SIZE)
@@ -65,6 +68,7 @@ def test_a_leaf_of_zeros_has_the_constant_and_other_leaves_their_blake3() -> Non
     assert leaves.leaf_hash(b"\0" * 99 + b"\1") != leaves.ZERO
 
 
+@settings(deadline=None, max_examples=60)
 @given(st.lists(st.booleans(), min_size=1, max_size=50), st.integers(0, 127))
 def test_written_names_the_leaves_that_are_not_zero(kinds: list[bool], cut: int) -> None:
     size = len(kinds) * LEAF - cut * 512
@@ -143,6 +147,7 @@ def test_names_become_one_component_and_stay_different() -> None:
         safe_name("")
 
 
+@settings(deadline=None, max_examples=60)
 @given(st.lists(st.tuples(st.integers(0, 500), st.floats(0, 2)), max_size=40))
 def test_a_token_bucket_never_exceeds_rate_times_time_plus_burst(requests: list[tuple[int, float]]) -> None:
     now = [0.0]

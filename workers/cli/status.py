@@ -58,7 +58,7 @@ async def _status(settings: Settings, plan: str, as_json: bool) -> int:
 def _table(rows: list[tuple[MachineStatus, dict[str, Any]]]) -> Table:
     table = Table(box=box.SIMPLE)
     for title in ("machine", "plan", "state", "runs at", "newest point", "RPO", "held by", "problem"):
-        table.add_column(title)
+        table.add_column(title, overflow="fold")
     for machine, now in rows:
         state = machine.state
         text = state.main.value
@@ -79,6 +79,8 @@ def _table(rows: list[tuple[MachineStatus, dict[str, Any]]]) -> Table:
 
 
 def _age(machine: MachineStatus, now: dict[str, Any]) -> str:
+    if not machine.replicating:
+        return "not replicating"
     taken = now.get("newest_taken_at")
     at = (
         datetime.fromisoformat(taken)

@@ -64,6 +64,9 @@ def recorded_problems(answer: Recorded) -> list[str]:
             "percentComplete",
         }
         return [f"{where}: {extra}"] if extra else []
+    told = answer.status == 500 and "told to fail" in answer.body["error"]["message"]
+    if answer.status == 500 and answer.body["error"]["code"] == "InternalServerError" and not told:
+        return [f"{where}: a defect of the laboratory: {answer.body}"]
     if answer.status >= 400:
         if answer.method == "HEAD" or answer.body is None:
             return []
@@ -275,6 +278,8 @@ async def azure(tmp_path: Path) -> AsyncIterator[Azure]:
         harness = Azure(lab)
         try:
             yield harness
+            for operation in lab.world.engine.operations.values():
+                assert (operation.error or {}).get("code") != "InternalExecutionError", operation
         finally:
             await harness.close()
     wrong = sorted({line for answer in answers for line in recorded_problems(answer)})

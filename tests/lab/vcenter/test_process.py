@@ -42,7 +42,7 @@ class Process:
     def end(self, number: int) -> int:
         assert self.child is not None
         self.child.send_signal(number)
-        status = self.child.wait(20)
+        status = self.child.wait(60)
         assert self.child.stdout is not None
         self.child.stdout.close()
         self.child = None
@@ -160,7 +160,7 @@ def test_an_orderly_end_and_a_second_start(process: Process) -> None:
 def test_a_start_that_cannot_succeed_says_why(tmp_path: Path, process: Process) -> None:
     process.start()
     result = subprocess.run(
-        process.command, check=False, capture_output=True, text=True, timeout=30, env={**os.environ}
+        process.command, check=False, capture_output=True, text=True, timeout=120, env={**os.environ}
     )
     assert result.returncode == 2
     assert "another laboratory runs on" in result.stderr

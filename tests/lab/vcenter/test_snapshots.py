@@ -8,6 +8,7 @@ import time
 from typing import Any
 
 import pytest
+from pyVim.task import WaitForTask
 from pyVmomi import vim, vmodl
 
 from farshore.lab.guest import ledger
@@ -240,6 +241,30 @@ def test_extending_is_refused_with_snapshots_and_seen_afterwards(
     client.wait(manager.ExtendVirtualDisk_Task("[ds1] db/db.vmdk", None, 3 * SIZE // 1024, False))
     assert control.guest_read("db", 0, 2 * SIZE - 3, 3) == b"end"
     assert disks(vm)[0].capacityInBytes == 3 * SIZE
+
+
+def test_growth_may_lose_tracking_or_end_the_epoch(client: Client, control: Any, vm: Any) -> None:
+    client.track(vm)
+    client.remove(client.snapshot(vm))
+    old = ids(vm)[0]
+    control.settings(defect_growth=True)
+    control.extend("db", 0, 2 * SIZE)
+    since = ids(vm)[0]
+    assert since.rpartition("/")[0] == old.rpartition("/")[0]
+    control.guest_write("db", 0, SIZE, b"not tracked")
+    snapshot = client.snapshot(vm)
+    before = f"{since.rpartition('/')[0]}/{int(since.rpartition('/')[2]) - 1}"
+    assert client.changed(vm, snapshot, 2000, before, 2 * SIZE) == []
+    client.remove(snapshot)
+    control.settings(defect_growth=False, extend_changes_epoch=True)
+    control.extend("db", 0, 3 * SIZE)
+    assert ids(vm)[0].rpartition("/")[0] != old.rpartition("/")[0]
+
+
+def test_pyvmomis_own_task_waiter_works(vm: Any) -> None:
+    assert WaitForTask(vm.CreateSnapshot_Task("s", "", False, False)) == "success"
+    with pytest.raises(vim.fault.InvalidPowerState):
+        WaitForTask(vm.PowerOnVM_Task())
 
 
 def test_two_snapshots_at_once_are_refused(client: Client, control: Any, vm: Any) -> None:

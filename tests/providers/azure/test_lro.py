@@ -19,7 +19,7 @@ async def test_a_checkpoint_is_called_while_work_lasts() -> None:
         await attended(lambda _: asyncio.sleep(0.25, "done"), checkpoint=notes, begin={"a": 1}, interval=0.05)
         == "done"
     )
-    assert 3 <= len(notes.seen) <= 6
+    assert 2 <= len(notes.seen) <= 6
     assert notes.last == {"a": 1}
 
 
@@ -77,5 +77,5 @@ async def test_the_last_note_is_repeated_while_the_next_one_is_awaited() -> None
 
     notes = Notes()
     await attended(work, checkpoint=notes, begin={"token": "old"}, interval=0.05)
-    assert len(notes.seen) >= 3
+    assert len(notes.seen) >= 2
     assert all(note == {"token": "t"} for note in notes.seen)

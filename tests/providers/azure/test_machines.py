@@ -240,7 +240,7 @@ async def test_a_new_machine_that_reads_do_not_show_yet_is_found_in_the_end(
 ) -> None:
     owner, spec = world.owner(), world.spec()
     disks, nics = await parts(site, world, owner, spec)
-    cloud.control.consistency(resources=0.5)
+    cloud.control.consistency(resources=1.0)
     notes = Notes(kill_when=lambda note: bool(note.get("token")))
     with pytest.raises(Killed):
         await site.create_machine(owner, spec, disks, nics, resume={}, checkpoint=notes)

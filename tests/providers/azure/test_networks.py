@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-import itertools
+from dataclasses import replace
 
 import pytest
 from azure.mgmt.network import models as nm
 
 from farshore.domain.errors import Code, FarshoreError
 from farshore.providers.azure.adapter import AzureSite
+from farshore.providers.azure.networks import VnetLock
 from farshore.providers.ports import Purpose, TargetNic
 
 from .bench import Azure, World, settled, until
@@ -123,7 +124,12 @@ async def test_what_the_plan_names_has_to_exist(site: AzureSite, world: World, n
     assert caught.value.code is Code.NETWORK_NOT_FOUND
 
 
-async def test_interfaces_of_one_network_take_turns(site: AzureSite, cloud: Azure, world: World) -> None:
+@pytest.mark.parametrize(("parallel", "most"), [(1, 1), (3, 3)])
+async def test_interfaces_of_one_network_go_as_many_at_a_time_as_the_settings_say(
+    cloud: Azure, world: World, parallel: int, most: int
+) -> None:
+    cloud.control.time_scale(0.02)
+    site = AzureSite(replace(cloud.settings, network_parallel=parallel), snapshot_url=str)
     mark = cloud.last_request()
     await asyncio.gather(
         *(
@@ -131,13 +137,37 @@ async def test_interfaces_of_one_network_take_turns(site: AzureSite, cloud: Azur
             for n in range(6)
         )
     )
-    refused = [r for r in cloud.control.requests(mark) if r.status in (409, 429)]
-    assert refused == []
-    runs = [o for o in cloud.control.operations() if world.tag in o["resource"]]
-    spans = sorted((o["started"], o["ended"]) for o in runs)
-    assert len(spans) == 6
-    assert all(one[1] <= two[0] for one, two in itertools.pairwise(spans))
+    await site.close()
+    assert [r for r in cloud.control.requests(mark) if r.status in (409, 429)] == []
     assert list(cloud.created(world.tag).values()) == [1] * 6
+    runs = [o for o in cloud.control.operations() if world.tag in o["resource"]]
+    at_once = [sum(o["started"] <= p["started"] < o["ended"] for o in runs) for p in runs]
+    assert max(at_once) <= most
+
+
+async def test_a_change_of_the_network_waits_for_interfaces_and_they_for_it() -> None:
+    lock, inside, seen = VnetLock(3), set[str](), list[frozenset[str]]()
+
+    async def interface(name: str) -> None:
+        async with lock.shared():
+            inside.add(name)
+            seen.append(frozenset(inside))
+            await asyncio.sleep(0.005)
+            inside.discard(name)
+
+    async def network(name: str) -> None:
+        async with lock.whole():
+            inside.add(name)
+            seen.append(frozenset(inside))
+            await asyncio.sleep(0.005)
+            seen.append(frozenset(inside))
+            inside.discard(name)
+
+    await asyncio.gather(*(interface(f"i{n}") if n % 4 else network(f"N{n}") for n in range(24)))
+    for now in seen:
+        assert len(now) <= 3
+        assert len(now) == 1 or not any(name.startswith("N") for name in now)
+    assert max(len(now) for now in seen) == 3
 
 
 async def test_a_busy_network_is_retryable_with_the_time_to_wait(

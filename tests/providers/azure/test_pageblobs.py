@@ -48,16 +48,8 @@ class Lab:
         return self.service.get_blob_client("farshore", handle_or_name, snapshot=snapshot)
 
 
-@pytest.fixture(scope="module")
-def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]:
-    loop = asyncio.new_event_loop()
-    thread = threading.Thread(target=loop.run_forever, daemon=True)
-    thread.start()
-    store = BlobStore(tmp_path_factory.mktemp("account"), "farshorelab", KEY)
-    server = BlobServer(store)
-    asyncio.run_coroutine_threadsafe(server.start(), loop).result(20)
-    url = server.account_url("farshorelab")
-    settings = AzureSettings(
+def settings_for(url: str) -> AzureSettings:
+    return AzureSettings(
         tenant="t",
         client_id="c",
         client_secret="s",
@@ -69,6 +61,18 @@ def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]:
         storage_account="farshorelab",
         storage_key=KEY,
     )
+
+
+@pytest.fixture(scope="module")
+def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]:
+    loop = asyncio.new_event_loop()
+    thread = threading.Thread(target=loop.run_forever, daemon=True)
+    thread.start()
+    store = BlobStore(tmp_path_factory.mktemp("account"), "farshorelab", KEY)
+    server = BlobServer(store)
+    asyncio.run_coroutine_threadsafe(server.start(), loop).result(20)
+    url = server.account_url("farshorelab")
+    settings = settings_for(url)
     service = BlobServiceClient(
         url, credential={"account_name": "farshorelab", "account_key": KEY}, retry_total=0
     )
@@ -309,7 +313,11 @@ def test_a_flipped_byte_in_a_blob_is_found(store: AzureReplicaStore, lab: Lab, g
     assert healed.bytes_shipped == LEAF
 
 
-def test_the_address_of_a_frozen_disk_serves_its_bytes(store: AzureReplicaStore, guest: Guest) -> None:
+@pytest.mark.parametrize("name", ["vm", "vm ä/1%2F?&#"])
+def test_the_address_of_a_frozen_disk_serves_its_bytes(
+    store: AzureReplicaStore, guest: Guest, name: str
+) -> None:
+    guest.machine = f"{name} {guest.machine}"
     writer = store.acquire(guest.machine, "me")
     result, truth = cycle(guest, writer), guest.content()
     guest.write()
@@ -392,3 +400,20 @@ def test_the_service_itself_refuses_an_older_sequence_number(backend: PageBlobBa
     assert refused.value.code is Code.REPLICA_FENCED
     backend.delete_image(name, 6)
     assert lab.blob(name).exists()
+
+
+def test_a_quiet_cycle_costs_few_requests(store: AzureReplicaStore, lab: Lab, guest: Guest) -> None:
+    """Requests cost money and the time of a 30 s interval; 500 a second is all that one page blob serves."""
+    writer = store.acquire(guest.machine, "me")
+    cycle(guest, writer)
+    lab.faults.counts.clear()
+    cycle(guest, writer)
+    idle = dict(lab.faults.counts)
+    assert idle == {"SnapshotBlob": 4, "PutBlob": 1}, idle
+    for path in guest.files.values():
+        with path.open("r+b") as file:
+            file.write(guest.dice.randbytes(100))
+    lab.faults.counts.clear()
+    cycle(guest, writer)
+    busy = dict(lab.faults.counts)
+    assert busy == {"SnapshotBlob": 4, "PutBlob": 3, "PutPage": 4, "DeleteBlob": 2}, busy
