@@ -73,7 +73,8 @@ def run_leg(
     monotonic: Callable[[], float] = time.monotonic,
     sleep: Callable[[float], None] = time.sleep,
 ) -> LegResult:
-    """Replicate one machine for a while. Blocking. ReplicaFenced when a successor took over.
+    """Replicate one machine for a while. Blocking. ReplicaFenced when a successor took over. Closes neither source nor
+    store.
 
     `should_stop` is looked at several times a second, also in the middle of a copy; `progress` may raise to end the leg.
     """

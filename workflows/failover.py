@@ -40,6 +40,7 @@ with workflow.unsafe.imports_passed_through():
     from farshore.plans.model import KINDS, BootGroup, ManualAction, Plan, ScriptAction
     from farshore.plans.schedule import Schedule, batches, schedule
     from farshore.plans.schedule import Step as PlanStep
+    from farshore.workflows.details import group_label, run_page
     from farshore.workflows.failover_group import FailoverGroup
     from farshore.workflows.messages import (
         GroupReport,
@@ -121,7 +122,8 @@ class Failover:
         self._show()
 
     @workflow.update(
-        description="Approve or reject what the run waits for (action: the id in the current details)"
+        description='Answer what the run waits for: {"action": "its id, see the current details", "by": "your name", '
+        '"decision": "approve" or "reject"}'
     )
     def decide(self, decision: Decision) -> str:
         record = DecisionRecord(**decision.model_dump(), at=workflow.now())
@@ -161,7 +163,10 @@ class Failover:
                 )
             )
 
-    @workflow.update(description="Stop the run before its next step; machines are left in named states")
+    @workflow.update(
+        description='Stop the run before its next step; machines are left in named states: {"action": "abort", '
+        '"by": "your name", "observation": "why"}'
+    )
     def abort(self, decision: Decision) -> str:
         self._abort = self._abort or _view(
             Code.RUN_ABORTED, f"{decision.by} stopped the run. {decision.observation}".strip()
@@ -326,7 +331,7 @@ class Failover:
                         machines=runs,
                     ),
                     id=f"{self._id}/group/{part}",
-                    static_summary=f"{self._course.title}: group {part}, {len(runs)} machines",
+                    static_summary=group_label(part, slice_),
                     priority=Priority(priority_key=_PRIORITY.get(self._ask.kind, 4)),
                     search_attributes=TypedSearchAttributes(
                         [
@@ -660,7 +665,7 @@ class Failover:
             await workflow.wait_condition(
                 decided,
                 timeout=timedelta(seconds=timeout) if timeout else None,
-                timeout_summary=f"Manual action: {title}"[:200],
+                timeout_summary=f"Waiting for a person: {title}"[:200],
             )
         except TimeoutError:
             raise FarshoreError(
@@ -805,41 +810,17 @@ class Failover:
         self._show()
 
     def _show(self) -> None:
-        ask = self._ask
-        passed = (workflow.now() - self._started).total_seconds()
-        lines = [
-            f"**{self._course.title} of {ask.plan}** — {self._phase}",
-            f"- Started {self._started:%H:%M:%S} UTC, {passed:.0f} s ago at this line's writing"
-            + (f"; reason: {ask.reason}" if ask.reason else ""),
-        ]
-        for pending in self._pending.values():
-            missing = pending.needs - len(pending.given)
-            lines.append(
-                f"- **WAITING FOR A PERSON: {pending.title}** — send the update `decide` with "
-                f'`{{"action": "{pending.action}", "decision": "approve", "by": "your name"}}`'
-                + (f" ({missing} different people needed)" if pending.needs > 1 else "")
+        workflow.set_current_details(
+            run_page(
+                self.progress(),
+                course=self._course,
+                run=self._id,
+                namespace=workflow.info().namespace,
+                now=workflow.now(),
+                reason=self._ask.reason,
+                errors=self._errors,
             )
-            if pending.instructions:
-                lines.append(f"    - {pending.instructions}")
-        for part in dict.fromkeys(self._group_of.values()):
-            mine = [name for name, where in self._group_of.items() if where == part]
-            ended = [self._rows[n] for n in mine if n in self._rows]
-            bad = sum(1 for row in ended if row.outcome is StageOutcome.FAILED)
-            lines.append(f"- **{part}**: {len(mine)} machines{f', **{bad} failed**' if bad else ''}")
-            shown = [n for n in mine if n in self._rows and self._rows[n].outcome is not StageOutcome.DONE]
-            shown = shown or mine
-            for name in shown[:10]:
-                row = self._rows.get(name)
-                text = (
-                    f"{row.stage} {row.outcome.value}{f' — {row.note}' if row.note else ''}"
-                    if row
-                    else "starting"
-                )
-                lines.append(f"    - {name}: {text}")
-            if len(shown) > 10:
-                lines.append(f"    - … and {len(shown) - 10} more")
-        lines += [f"- {line}" for line in self._log[-5:]]
-        workflow.set_current_details("\n".join(lines))
+        )
 
 
 def _view(code: Code, message: str) -> ErrorView:

@@ -14,6 +14,7 @@ with workflow.unsafe.imports_passed_through():
     from farshore.contract import names
     from farshore.contract.errors import error_view
     from farshore.contract.runs import MachineResult, Outcome
+    from farshore.workflows.details import bullets, link, many, outcome, page, plain
     from farshore.workflows.machine_failover import MachineFailover
     from farshore.workflows.messages import GroupReport, GroupRun, MachineReport, Proceed, StageOutcome
     from farshore.workflows.stages import COURSES
@@ -135,12 +136,23 @@ class FailoverGroup:
         )
 
     def _show(self) -> None:
-        lines = [f"**{self._in.part}** — {len(self._in.machines)} machines"]
+        course = COURSES[self._in.kind]
+        titles = {stage.name: stage.title for stage in course.stages}
         latest: dict[str, MachineReport] = {}
-        for stage in COURSES[self._in.kind].stages:
+        for stage in course.stages:
             latest.update(self._reports.get(stage.name, {}))
+        lines: list[str] = []
         for mr in self._in.machines:
             row = self._ended.get(mr.machine) or latest.get(mr.machine)
-            text = f"{row.stage} {row.outcome.value}" if row else "starting"
-            lines.append(f"- **{mr.machine}**: {text}{f' ({row.note})' if row and row.note else ''}")
-        workflow.set_current_details("\n".join(lines))
+            text = (
+                outcome(titles.get(row.stage, row.stage), row.outcome.value, row.note) if row else "not begun"
+            )
+            name = link(mr.machine, f"{mr.run}/{mr.machine}", workflow.info().namespace)
+            lines.append(f"{name}: {text}")
+        workflow.set_current_details(
+            page(
+                f"**{course.title} of {plain(self._in.plan)}, group {plain(self._in.part)}**: "
+                f"{many(len(self._in.machines), 'machine')}",
+                bullets(lines),
+            )
+        )

@@ -41,11 +41,22 @@ with workflow.unsafe.imports_passed_through():
     )
     from farshore.domain.errors import Code, FarshoreError
     from farshore.domain.machine import MainState
+    from farshore.workflows.details import bullets, clock, link, many, page, plain, size
     from farshore.workflows.messages import MachineReport, MachineRun, Proceed, StageOutcome
     from farshore.workflows.stages import COURSES, Work
     from farshore.workflows.steps import run_step
 
 _HOLDER_TEST, _HOLDER_FAILOVER = "test", "failover"
+# What the timeline says of the changes of a machine's state; the keys are part of update ids.
+_RECORDS = {
+    "begin": "Taking the machine's lock",
+    "halt": "Stopping the replication loop",
+    "promote": "Promoting the replica with the proof that the source is off",
+    "advance": "Recording that the recovery site's part is done",
+    "settle success": "Recording the new state and releasing the lock",
+    "settle failure": "Recording the failure and releasing the lock",
+    "settle cancelled": "Recording the stop and releasing the lock",
+}
 
 
 class _Skip(Exception):
@@ -296,7 +307,7 @@ class MachineFailover:
             s.FENCE_REPLICA,
             m.StoreCall(site=self._in.spec.target_site, machine=self._in.machine, holder=self._in.run),
             queue=self._in.spec.target_queue,
-            summary=f"Close the replica of {self._in.machine} to its source",
+            summary=f"Closing the replica to the source: {self._in.machine}",
         )
         status = await self._update("advance", Advance(run=self._in.run, fence=fence), "promote")
         self._state = status.state.main.value
@@ -327,7 +338,7 @@ class MachineFailover:
         self._must_be_gone(gone)
 
     async def _make_disks(self) -> None:
-        self._say(f"making {len(self._disks)} disks")
+        self._say(f"making {many(len(self._disks), 'disk')}")
         point = self._the_point()
         made = await asyncio.gather(
             *(
@@ -341,13 +352,13 @@ class MachineFailover:
                         disk=disk,
                     ),
                     queue=self._in.spec.target_queue,
-                    summary=f"Make disk {disk.label} of {self._in.machine} ({disk.size / 2**30:.2f} GiB)",
+                    summary=f"Making disk {disk.label} ({size(disk.size)}): {self._in.machine}",
                 )
                 for disk in self._disks
             )
         )
         self._made_disks = tuple(made)
-        self._done.append(f"{len(made)} disks made")
+        self._done.append(f"{many(len(made), 'disk')} made")
 
     async def _make_nics(self) -> None:
         made = await run_step(
@@ -398,7 +409,7 @@ class MachineFailover:
         self._state = status.state.main.value
 
     async def _remove_test(self) -> None:
-        await self._remove(f"removing the test machine of {self._in.machine}", run_test=True)
+        await self._remove("removing the test machine", run_test=True)
         await self._release(_HOLDER_TEST)
 
     async def _remove_replica_machine(self) -> None:
@@ -420,7 +431,7 @@ class MachineFailover:
             summary=self._say(what),
         )
         self._must_be_gone(gone)
-        self._done.append(f"{len(gone.deleted)} resources deleted")
+        self._done.append(f"{many(len(gone.deleted), 'resource')} deleted")
 
     async def _start_source(self) -> None:
         await run_step(
@@ -441,7 +452,7 @@ class MachineFailover:
                 queue=self._in.spec.target_queue,
                 summary=self._say(f"keeping only point {point.id}"),
             )
-            self._done.append(f"{len(gone.ids)} other points deleted")
+            self._done.append(f"{many(len(gone.ids), 'other point')} deleted")
         await self._second_half()
 
     _steps: ClassVar[dict[Work, Callable[[MachineFailover], Awaitable[None]]]] = {
@@ -491,7 +502,7 @@ class MachineFailover:
                 update_id=f"{self._in.run} {run.run_id if run else ''} {purpose}"[:200],
             ),
             queue=names.CONTROL_QUEUE,
-            summary=f"Record: {purpose} ({self._in.machine})",
+            summary=f"{_RECORDS.get(purpose, f'Record: {purpose}')}: {self._in.machine}",
         )
 
     async def _release(self, holder: str) -> None:
@@ -499,7 +510,7 @@ class MachineFailover:
             s.RELEASE_HOLDS,
             m.StoreCall(site=self._in.spec.target_site, machine=self._in.machine, holder=holder),
             queue=self._in.spec.target_queue,
-            summary=f"Release the held point of {self._in.machine}",
+            summary=f"Releasing the held point: {self._in.machine}",
         )
 
     def _must_be_gone(self, report: m.RemoveReport) -> None:
@@ -553,10 +564,12 @@ class MachineFailover:
         return f"{doing[:1].upper()}{doing[1:]}: {self._in.machine}"
 
     def _show(self, error: ErrorView | None = None) -> None:
-        lines = [f"**{self._in.machine}** — {self._doing}", *(f"- {line}" for line in self._done)]
-        if error is not None:
-            lines.append(f"- **Problem:** {error.text()}")
-        workflow.set_current_details("\n".join(lines))
+        run, namespace = self._in.run, workflow.info().namespace
+        lines = [f"**Problem**: {plain(error.text(), 1000)}"] if error is not None else []
+        lines += [f"✓ {plain(line)}" for line in self._done]
+        lines.append(f"Part of {link(run, run, namespace)}; this text is of {clock(workflow.now())}")
+        title = f"**{plain(self._in.machine)}** ({self._course.title.lower()}): {plain(self._doing)}"
+        workflow.set_current_details(page(title, bullets(lines)))
 
     async def _report(
         self, stage: str, outcome: StageOutcome, *, needs_fence: bool = False, error: ErrorView | None = None

@@ -31,10 +31,11 @@ with workflow.unsafe.imports_passed_through():
         Settle,
         SettleOutcome,
     )
-    from farshore.contract.runs import ErrorView, PointView
+    from farshore.contract.runs import ErrorView
     from farshore.domain import machine as dm
     from farshore.domain.errors import Code, FarshoreError
     from farshore.domain.machine import Health, MachineState, MainState, Operation, ResyncState, TestState
+    from farshore.workflows.details import bullets, instant, link, page, plain
     from farshore.workflows.steps import start_step
 
 _CAPABILITIES = dm.VSPHERE_TO_AZURE
@@ -425,26 +426,33 @@ class MachineProtection:
         self._show()
 
     def _show(self) -> None:
-        st, spec = self._s, self._s.spec
-        lines = [
-            f"**{spec.machine}** — **{_short(st.state)}**, runs at the {st.state.active_location.lower()} site"
-        ]
+        st, spec, namespace = self._s, self._s.spec, workflow.info().namespace
+        site = st.state.active_location.lower()
+        lines = [f"**Problem**: {plain(st.error.text(), 1000)}"] if st.error is not None else []
+        if st.holder:
+            lines.append(f"**Held by** {link(st.holder, st.holder, namespace)} ({st.operation})")
         if self._leg is not None:
             lines.append(
-                f"- Replicating {spec.source_site} → {spec.target_site} every {spec.policy.interval:g} s; "
-                "the pending activity shows the newest point and its age"
+                f"**Replicating** {plain(spec.source_site)} → {plain(spec.target_site)} every {spec.policy.interval:g} s. "
+                f"**RPO now**: `rpo_seconds` in the tab *Pending Activities* (limit {spec.policy.rpo_threshold:g} s)"
             )
-        if st.holder:
-            lines.append(f"- **Held by** {st.holder} ({st.operation})")
-        if st.newest_point is not None:
-            lines.append(
-                f"- Newest point known here: {st.newest_point.id}, {st.newest_point.taken_at:%Y-%m-%d %H:%M:%S} UTC"
-            )
+        else:
+            lines.append("**Not replicating**")
         if st.point_in_use is not None:
-            lines.append(f"- Failed over to point {st.point_in_use.id}")
-        if st.error is not None:
-            lines.append(f"- **Problem:** {st.error.text()}")
-        workflow.set_current_details("\n".join(lines))
+            taken = instant(st.point_in_use.taken_at)
+            lines.append(f"**Failed over** to point {plain(st.point_in_use.id)}, taken {taken}")
+        elif st.newest_point is not None and self._leg is None:  # while it replicates, this one is old
+            lines.append(
+                f"**Newest point**: {plain(st.newest_point.id)}, taken {instant(st.newest_point.taken_at)}"
+            )
+        if not st.holder:
+            allowed = ", ".join(o.value for o in dm.allowed_operations(st.state, _CAPABILITIES))
+            lines.append(f"**Allowed now**: {allowed or 'nothing'}")
+        lines.append(
+            f"Plan {plain(spec.plan)}; this text is of {instant(workflow.now())} (press R to read it again)"
+        )
+        title = f"**{plain(spec.machine)}** is **{_short(st.state)}**; it runs at the {site} site"
+        workflow.set_current_details(page(title, bullets(lines)))
 
 
 def _may_lose(ask: Begin) -> None:

@@ -29,12 +29,25 @@ with workflow.unsafe.imports_passed_through():
     )
     from farshore.domain.errors import Code, FarshoreError
     from farshore.domain.machine import MainState, Operation
+    from farshore.workflows.details import bullets, page, plain
     from farshore.workflows.policy import machine_spec
     from farshore.workflows.steps import run_step
 
 _AT_ONCE = 20  # machines worked on at the same time
 # EnablingProtection: either another run is at it, which the update says, or one that has ended left its lock.
 _ENABLE_FROM = (MainState.UNPROTECTED, MainState.ENABLING_FAILED, MainState.ENABLING_PROTECTION)
+
+# What the timeline says of the changes of a machine's state; the keys are part of update ids.
+_RECORDS = {
+    "enable": "Taking the machine's lock",
+    "enabled": "Recording that it can be protected; initial replication begins",
+    "enable failed": "Recording that it can't be protected",
+    "repair": "Beginning initial replication anew",
+    "configure": "Handing on the plan's settings",
+    "disable": "Taking the machine's lock",
+    "disabled": "Recording that protection is off",
+    "disable failed": "Recording that protection could not be switched off",
+}
 
 
 @workflow.defn(name=names.PROTECTION)
@@ -246,7 +259,7 @@ class Protection:
                 update_id=f"{self._id} {workflow.info().run_id} {purpose}"[:200],
             ),
             queue=names.CONTROL_QUEUE,
-            summary=f"Record: {purpose} ({spec.machine})",
+            summary=f"{_RECORDS.get(purpose, f'Record: {purpose}')}: {spec.machine}",
         )
 
     def _note(self, machine: str, note: str) -> None:
@@ -254,6 +267,6 @@ class Protection:
         self._show()
 
     def _show(self) -> None:
-        lines = [f"**{self._ask.kind.value.capitalize()} {self._ask.plan}** — {self._phase}"]
-        lines += [f"- **{name}**: {note}" for name, note in self._notes.items()]
-        workflow.set_current_details("\n".join(lines))
+        title = f"**{self._ask.kind.value.capitalize()} {plain(self._ask.plan)}**: {self._phase}"
+        rows = (f"**{plain(name)}**: {plain(note)}" for name, note in self._notes.items())
+        workflow.set_current_details(page(title, bullets(rows)))

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from farshore.contract.client import RunFailed
 from farshore.contract.runs import Decision, DecisionKind, FailoverInput, RunKind, RunStatus
 from farshore.domain.errors import FarshoreError
 from tests.e2e.conftest import until
@@ -115,7 +116,7 @@ async def _pending(found):
 
 
 async def test_bad_input_is_answered_in_words_and_never_with_a_trace(make_stack, connect):
-    stack = make_stack()
+    stack = make_stack(manual=True)
     client = await connect(stack)
     plans = stack.root / "plans"
     (plans / "broken.yaml").write_text("farshore: 1\nplan: broken\nmachines: {a: [}\n", encoding="utf-8")
@@ -159,15 +160,29 @@ async def test_bad_input_is_answered_in_words_and_never_with_a_trace(make_stack,
     await protect(client)
     await says("no test is open", 1, "cleanup", "crm")
     await says("no failover to commit", 1, "commit", "crm")
-    stack.azure.turn(time_scale=20.0)
-    first = await client.failover(FailoverInput(plan="crm", kind=RunKind.TEST))
-    await until("the first run holds the machines", lambda: _held(client, first.id))
-    await says(first.id, 1, "failover", "crm", "--kind", "test")
-    stack.azure.turn(time_scale=1.0)
-    assert (await first.result()).status is RunStatus.SUCCEEDED
+    await fail_over(client, RunKind.TEST)
     await says("clean up", 1, "failover", "crm", "--kind", "planned")  # a test is open
     await fail_over(client, RunKind.CLEANUP)
-
-
-async def _held(client, run_id: str) -> bool:
-    return all([(await client.machine(name)).holder == run_id for name in NAMES])
+    first = await client.failover(FailoverInput(plan="crm", kind=RunKind.PLANNED))
+    await until("the first run waits for a person", lambda: _pending(first), 180)
+    await says(first.id, 1, "failover", "crm", "--kind", "test")
+    await says(first.id, 1, "change-point", "crm", "-p", "latest", "-m", "crm-web01")
+    rejected = await asyncio.to_thread(
+        stack.run, "reject", "crm", "--by", "dora", "-o", "the database is corrupt"
+    )
+    assert rejected.returncode == 0, rejected.stderr
+    with pytest.raises(RunFailed, match="dora rejected") as refused:
+        await first.result()
+    assert refused.value.result is not None
+    states = {row.machine: row.state for row in refused.value.result.machines}
+    assert states == {
+        "crm-db01": "PlannedCommitPending",
+        "crm-app01": "PlannedFailoverCompletionFailed",
+        "crm-web01": "PlannedFailoverCompletionFailed",
+    }
+    again = await client.failover(FailoverInput(plan="crm", kind=RunKind.PLANNED, reason="again"))
+    await until("the rerun waits for a person", lambda: _pending(again), 180)
+    await again.decide(Decision(action="check-the-database", by="dora", observation="a false alarm"))
+    result = await again.result()
+    outcomes = {row.machine: row.outcome.value for row in result.machines}
+    assert outcomes == {"crm-db01": "skipped", "crm-app01": "succeeded", "crm-web01": "succeeded"}

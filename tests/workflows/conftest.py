@@ -22,6 +22,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest_asyncio.fixture(scope="session", loop_scope="session")
-async def lab() -> AsyncIterator[Harness]:
+async def server() -> AsyncIterator[Harness]:
     async with running() as harness:
         yield harness
+
+
+@pytest_asyncio.fixture(loop_scope="session")
+async def lab(server: Harness) -> AsyncIterator[Harness]:
+    try:
+        yield server
+    finally:
+        await server.sweep()

@@ -12,7 +12,8 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-from temporalio.client import Client, WorkflowHandle
+from temporalio.client import Client, WorkflowExecutionStatus, WorkflowHandle
+from temporalio.service import RPCError
 from temporalio.testing import WorkflowEnvironment
 from temporalio.worker import Worker
 
@@ -119,6 +120,16 @@ class Harness:
         world.forget()
         world.order.clear()
         return world
+
+    async def sweep(self) -> None:
+        """End what a test has left running: a leg beats for as long as its machine is protected."""
+        for world in self.stage.leave():
+            found = [w async for w in self.temporal.list_workflows(f"{names.PLAN.name}='{world.name}'")]
+            ids = {w.id for w in found if w.status is WorkflowExecutionStatus.RUNNING}
+            ids |= {names.protection_id(machine) for machine in world.plan.machines}
+            for id in ids:
+                with contextlib.suppress(RPCError):  # it had ended, or never was
+                    await self.temporal.get_workflow_handle(id).terminate("the test is over")
 
     # -- runs ---------------------------------------------------------------------------------------------------------
 

@@ -84,7 +84,7 @@ async def test_a_test_runs_on_past_a_failed_machine_and_its_rest_is_cleaned_up(l
 
 
 async def test_a_test_network_that_leads_into_production_is_refused(lab: Harness) -> None:
-    world = await lab.protected(machines=("a",), network={"failover": "dr-net", "test": "shared-net"})
+    world = await lab.protected(machines=("a",), network={"failover": "dr-net", "test": "leaky-net"})
     world.fail("check_isolated", "", Code.NETWORK_NOT_ISOLATED)
     failure = await lab.fails(world, RunKind.TEST)
     assert failure.error.code == Code.NETWORK_NOT_ISOLATED

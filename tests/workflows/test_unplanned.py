@@ -40,7 +40,6 @@ async def test_a_reachable_source_is_shut_down_proven_off_and_loses_nothing(lab:
 
 async def test_a_dead_site_is_waited_for_once_and_two_people_replace_its_proof(lab: Harness) -> None:
     world = await lab.protected(machines=("a", "b"))
-    points = {name: list(known)[-1].id for name, known in world.points.items()}
     world.source_queue = DEAD_QUEUE  # its worker died with it
     began = time.monotonic()
     result = await lab.run(world, RunKind.UNPLANNED, break_glass=TWO_PEOPLE)
@@ -55,7 +54,7 @@ async def test_a_dead_site_is_waited_for_once_and_two_people_replace_its_proof(l
         assert machine.state == "UnplannedCommitPending"
         assert machine.fence == "break-glass — ann: power cut seen; bob: confirmed"
         assert machine.point is not None
-        assert machine.point.id == points[machine.machine]
+        assert machine.point.id == world.points[machine.machine][-1].id
         assert machine.data_loss_seconds is not None
         assert machine.data_loss_seconds > 0
     status = await lab.status(world, "a")

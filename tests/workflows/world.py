@@ -250,12 +250,20 @@ class Stage:
         self._by_plan[world.name] = world
         return world
 
+    def leave(self) -> list[World]:
+        """Forget all worlds, and return them."""
+        left = list(self._by_plan.values())
+        self._by_plan.clear()
+        return left
+
     def world(self, value: Any) -> World:
         plan = getattr(value, "plan", None)
         if isinstance(plan, str) and plan in self._by_plan:
             return self._by_plan[plan]
         if isinstance(plan, Plan):
             return self._by_plan[plan.plan]
+        if isinstance(value, m.IsolationCall):
+            return next(w for w in self._by_plan.values() if w.plan.network.test == value.network)
         spec = getattr(value, "spec", None)
         machine = spec.machine if spec is not None else getattr(value, "machine", "")
         found = self._by_plan.get(machine.split("-", 1)[0])

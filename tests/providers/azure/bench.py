@@ -68,6 +68,7 @@ class Azure:
 
     def reset(self) -> None:
         self.control.clear_faults()
+        self.control.clear_requests()
         self.control.turn(**Knobs(time_scale=0.002).to_json())
         self.lab.blob_server.faults.clear()
         self.copies(bytes_per_s=0, delay=0, hold=False, fail="")

@@ -17,7 +17,7 @@ from azure.core.exceptions import (
     ServiceRequestError,
     ServiceResponseError,
 )
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from farshore.domain.errors import CATALOGUE, Code
@@ -119,6 +119,7 @@ def test_what_azure_says_and_what_we_make_of_it(
     assert found.info.subject == "web1"
 
 
+@settings(max_examples=50, deadline=None)
 @given(
     status=st.one_of(st.none(), st.integers(100, 599)),
     code=st.one_of(st.sampled_from(sorted(CODES)), st.text(max_size=40)),
@@ -138,6 +139,7 @@ def test_every_answer_becomes_an_error_that_can_travel(
     json.dumps(found.info.to_dict())
 
 
+@settings(max_examples=50, deadline=None)
 @given(st.sampled_from(sorted(CODES)), st.sampled_from([200, 400, 404, 409, 412, 500]), st.booleans())
 def test_a_known_code_decides_whatever_status_or_case(code: str, status: int, late: bool) -> None:
     kinds = {
@@ -192,6 +194,7 @@ def test_a_date_to_wait_for() -> None:
 SECRET = st.text(alphabet="abcdefABCDEF0123456789", min_size=8, max_size=40)
 
 
+@settings(max_examples=50, deadline=None)
 @given(SECRET)
 def test_no_secret_passes(secret: str) -> None:
     for text in (

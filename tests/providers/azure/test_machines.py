@@ -153,10 +153,14 @@ async def test_the_race_for_a_name_ends_with_the_same_machine(
     assert cloud.created(VM + spec.name) == {one.id.lower(): 1}
 
 
-@pytest.mark.parametrize("when", ["first", "lro"])
 @pytest.mark.parametrize(
-    "code",
-    ["SkuNotAvailable", "AllocationFailed", "ZonalAllocationFailed", "OverconstrainedAllocationRequest"],
+    ("when", "code"),
+    [
+        ("first", "SkuNotAvailable"),
+        ("lro", "AllocationFailed"),
+        ("lro", "ZonalAllocationFailed"),
+        ("first", "OverconstrainedAllocationRequest"),
+    ],
 )
 async def test_no_capacity_is_told_and_the_next_attempt_starts_clean(
     site: AzureSite, cloud: Azure, world: World, when: str, code: str

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from farshore.domain.errors import Code, FarshoreError
@@ -23,6 +23,7 @@ def spec(name: str) -> TargetSpec:
     return TargetSpec("m", name, "s", "linux", "efi", None, ())
 
 
+@settings(max_examples=50, deadline=None)
 @given(OWNERS, MACHINE, st.integers(0, 63))
 def test_every_name_is_one_that_azure_takes(owner: Owner, name: str, index: int) -> None:
     made = [
@@ -37,17 +38,20 @@ def test_every_name_is_one_that_azure_takes(owner: Owner, name: str, index: int)
     assert names.staging_blob(owner, index).endswith(".vhd")
 
 
+@settings(max_examples=50, deadline=None)
 @given(MACHINE)
 def test_a_test_and_a_failover_never_share_a_machine_name(name: str) -> None:
     assert names.machine(spec(name), Purpose.TEST) != names.machine(spec(name), Purpose.FAILOVER)
 
 
+@settings(max_examples=50, deadline=None)
 @given(TEXT, TEXT, TEXT)
 def test_different_machines_have_different_disks(one: str, two: str, run: str) -> None:
     names_of = [names.disk(Owner("p", run, machine, Purpose.TEST), 0) for machine in (one, two)]
     assert (names_of[0] == names_of[1]) is (one == two)
 
 
+@settings(max_examples=50, deadline=None)
 @given(OWNERS, OWNERS)
 def test_a_name_is_the_same_every_time(owner: Owner, other: Owner) -> None:
     assert names.disk(owner, 1) == names.disk(Owner(other.plan, owner.run, owner.machine, other.purpose), 1)
@@ -69,6 +73,7 @@ def test_a_machine_name_that_azure_refuses_is_refused_here(name: str) -> None:
     assert caught.value.code is Code.INVALID_INPUT
 
 
+@settings(max_examples=50, deadline=None)
 @given(OWNERS, st.dictionaries(TEXT, TEXT, max_size=3))
 def test_what_is_tagged_is_found_again_and_fits(owner: Owner, extra: dict[str, str]) -> None:
     tags = names.tags(owner, extra)
@@ -80,11 +85,13 @@ def test_what_is_tagged_is_found_again_and_fits(owner: Owner, extra: dict[str, s
     )
 
 
+@settings(max_examples=50, deadline=None)
 @given(OWNERS, OWNERS)
 def test_tags_tell_owners_apart(one: Owner, two: Owner) -> None:
     assert names.is_of(one, names.tags(two)) is (one == two)
 
 
+@settings(max_examples=50, deadline=None)
 @given(OWNERS, TEXT)
 def test_metadata_of_a_blob_carries_the_same_tags(owner: Owner, point: str) -> None:
     metadata = names.metadata(owner, point)

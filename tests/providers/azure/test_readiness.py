@@ -6,7 +6,7 @@ import ipaddress
 
 import pytest
 from azure.mgmt.network import models as nm
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from farshore.domain.errors import Code
@@ -137,6 +137,7 @@ async def test_a_public_address_in_a_test_is_a_warning(site: AzureSite, world: W
 SUBNET = nm.Subnet(name="s", properties=nm.SubnetPropertiesFormat(address_prefix="10.0.0.0/28"))
 
 
+@settings(max_examples=50, deadline=None)
 @given(st.integers(min_value=0, max_value=2**32 - 1))
 def test_an_address_is_good_exactly_when_it_is_inside_and_not_reserved(number: int) -> None:
     address = ipaddress.IPv4Address(number)
@@ -157,6 +158,7 @@ def size(name: str = "S", family: str = "F", cores: int = 2, **more: object) -> 
     return Size(name, family, cores, **values)  # type: ignore[arg-type]
 
 
+@settings(max_examples=50, deadline=None)
 @given(st.integers(0, 40), st.integers(0, 40), st.integers(1, 10))
 def test_quota_is_exceeded_exactly_when_use_and_need_pass_the_limit(
     used: int, limit: int, count: int
