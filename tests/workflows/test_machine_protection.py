@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import AsyncIterator
 from datetime import UTC, datetime
 from typing import Any
@@ -353,5 +352,4 @@ async def test_a_continued_run_begins_from_the_state_it_was_given(lab: Harness) 
     )
     status = await tell(handle, "settle", Settle(run=RUN, outcome=SettleOutcome.SUCCESS))
     assert status.state == state
-    await asyncio.sleep(0)
     assert world.asked("replicate_leg") == []

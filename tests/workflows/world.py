@@ -100,6 +100,7 @@ class World:
     shutdown_takes: float = 0.0
     scripts: dict[str, m.ScriptOutput] = field(default_factory=dict[str, m.ScriptOutput])
     leg_ends: Callable[[m.LegCall], bool] | None = None  # legs that end by themselves at once
+    lost: set[str] = field(default_factory=set[str])  # steps whose first attempt dies without a word
     busy: Counter[str] = field(default_factory=Counter[str])
     busiest: Counter[str] = field(default_factory=Counter[str])
     _failures: dict[tuple[str, str], _Failure] = field(default_factory=dict[tuple[str, str], _Failure])
@@ -180,8 +181,9 @@ class World:
             if failure is not None and (failure.left is None or failure.left > 0):
                 if failure.left is not None:
                     failure.left -= 1
+                subject = self.machine(call.machine) if call.machine else self.name
                 raise FarshoreError(
-                    failure.code, failure.message, subject=call.machine, retryable=failure.retryable
+                    failure.code, failure.message, subject=subject, retryable=failure.retryable
                 )
 
     @contextlib.contextmanager
@@ -283,6 +285,9 @@ class Stage:
             spec = getattr(call, "spec", None)
             machine = spec.machine if spec is not None else getattr(call, "machine", "") or ""
             one = Call(step.name, world.short(machine), call, activity.info().attempt)
+            if step.name in world.lost and one.attempt == 1:
+                world.calls.append(one)
+                await asyncio.sleep(3600)  # its worker has died: no heartbeat, no answer
             async with _beating():
                 with world.count(step.name):
                     await world.enter(one)
