@@ -142,9 +142,18 @@ def site_worker(client: Client, settings: Settings, site: str, sites: Configured
 
 
 async def run_workers(
-    client: Client, settings: Settings, *, control: bool, sites: Sequence[str], stop: asyncio.Event
+    client: Client,
+    settings: Settings,
+    *,
+    control: bool,
+    sites: Sequence[str],
+    stop: asyncio.Event,
+    on_ready: Callable[[], None] = lambda: None,
 ) -> None:
-    """Run the wanted workers until `stop` is set; then let steps that are under way finish or hand over."""
+    """Run the wanted workers until `stop` is set; then let steps that are under way finish or hand over.
+
+    `on_ready` is called once, when all of them run.
+    """
     configured = ConfiguredSites(settings)
     workers = control_workers(client, settings) if control else []
     workers += [site_worker(client, settings, site, configured) for site in sites]
@@ -152,9 +161,12 @@ async def run_workers(
     deployment = settings.worker.deployment
     if control and deployment is not None and deployment.activate:
         await activate(client, deployment.build)
-    log.info("workers run: %s", ", ".join(worker.task_queue for worker in workers))
     waiting = asyncio.create_task(stop.wait())
     try:
+        while not all(worker.is_running for worker in workers) and not any(task.done() for task in running):
+            await asyncio.sleep(0.05)  # noqa: ASYNC110  the SDK offers a flag, no event
+        log.info("workers run: %s", ", ".join(worker.task_queue for worker in workers))
+        on_ready()
         await asyncio.wait([waiting, *running], return_when=asyncio.FIRST_COMPLETED)
     finally:
         waiting.cancel()

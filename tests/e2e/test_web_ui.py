@@ -100,8 +100,11 @@ class Person:
     # -- what a person does ---------------------------------------------------------------------------------------
 
     def type_json(self, where: Locator, value: object) -> None:
-        where.locator(".cm-content").first.click()
-        self.page.keyboard.insert_text(value if isinstance(value, str) else json.dumps(value))
+        """Type an object and leave the field: the editor then lays it out, and what lies below it moves."""
+        where.locator(".cm-content:visible").first.click()
+        self.page.keyboard.insert_text(json.dumps(value))
+        where.locator("h1:visible, h2:visible, h3:visible").first.click()
+        expect(where.locator(".cm-line:visible").nth(1)).to_be_visible(timeout=STEP)
 
     def start(self, run: str, ask: object) -> None:
         """The start form, prefilled as the README's link does."""

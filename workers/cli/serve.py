@@ -65,10 +65,13 @@ async def _work(settings: Settings, control: bool, sites: list[str], ready_file:
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
-    if ready_file is not None:
-        ready_file.write_text("ready\n", encoding="utf-8")
+
+    def ready() -> None:
+        if ready_file is not None:
+            ready_file.write_text("ready\n", encoding="utf-8")
+
     try:
-        await run_workers(client, settings, control=control, sites=sites, stop=stop)
+        await run_workers(client, settings, control=control, sites=sites, stop=stop, on_ready=ready)
     finally:
         if ready_file is not None:
             with contextlib.suppress(FileNotFoundError):
