@@ -163,8 +163,9 @@ async def run_workers(
         await activate(client, deployment.build)
     waiting = asyncio.create_task(stop.wait())
     try:
-        while not all(worker.is_running for worker in workers) and not any(task.done() for task in running):
-            await asyncio.sleep(0.05)  # noqa: ASYNC110  the SDK offers a flag, no event
+        # The SDK offers a flag and no event.
+        while not (all(w.is_running for w in workers) or any(t.done() for t in running)):  # noqa: ASYNC110
+            await asyncio.sleep(0.05)
         log.info("workers run: %s", ", ".join(worker.task_queue for worker in workers))
         on_ready()
         await asyncio.wait([waiting, *running], return_when=asyncio.FIRST_COMPLETED)

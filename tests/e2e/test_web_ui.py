@@ -81,16 +81,16 @@ class Person:
 
     def open(self, run: str) -> None:
         self.page.goto(f"{self.ui}/{quote(run, safe='')}")
-        expect(self.page.get_by_role("heading", name=run, exact=True)).to_be_visible(timeout=STEP)
+        expect(self.page.get_by_role("heading", level=1, name=run)).to_be_visible(timeout=STEP)
 
     def tab(self, name: str) -> None:
         self.page.get_by_test_id(f"{name}-tab").click()
 
     def timeline(self, text: str | re.Pattern[str]) -> Locator:
-        return self.page.locator("svg").get_by_text(text).first
+        return self.page.get_by_role("button", name=re.compile("^Event ")).filter(has_text=text).first
 
     def status(self, name: str, timeout: float = STEP) -> None:
-        expect(self.page.get_by_test_id("workflow-status").or_(self.page.locator("header")).get_by_text(name).first).to_be_visible(timeout=timeout)
+        expect(self.page.get_by_role("status").filter(has_text=name).first).to_be_visible(timeout=timeout)
 
     def details(self) -> FrameLocator:
         """The frame with what the workflow says of itself."""
