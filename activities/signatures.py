@@ -59,6 +59,9 @@ TARGET = Rules(
     schedule_to_close=6 * 3600,
     longest_retry=20,
 )
+TARGET_IN_A_HURRY = Rules(
+    start_to_close=120, heartbeat=HEARTBEAT, schedule_to_start=60, schedule_to_close=120, longest_retry=10
+)
 STORE = Rules(
     start_to_close=600, heartbeat=HEARTBEAT, schedule_to_start=600, schedule_to_close=1800, longest_retry=20
 )

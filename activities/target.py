@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import shlex
 from collections.abc import Callable
+from dataclasses import replace
 from datetime import UTC, datetime
 from typing import TypeVar
 
@@ -36,8 +37,12 @@ class TargetActivities:
     @activity.defn(name=s.CHECK_TARGET.name)
     async def check_target(self, call: m.CheckTargetCall) -> list[m.FindingView]:
         """Everything at the target that would make the run fail, read-only."""
-        network = call.plan.network.failover
-        specs = [target_spec(name, call.plan.machines[name], network) for name in call.machines]
+        plan = call.plan
+        isolated = call.test and plan.network.test == "isolated"
+        network = plan.network.test if call.test and not isolated else plan.network.failover
+        specs = [target_spec(name, plan.machines[name], network, test=call.test) for name in call.machines]
+        if isolated:  # the test's own network is like production's, and its addresses are all free
+            specs = [replace(sp, nics=tuple(replace(nic, address=None) for nic in sp.nics)) for sp in specs]
         async with beating():
             findings = await self._sites.target(call.site).check(specs, purpose=purpose(call.test))
         return [
@@ -127,7 +132,7 @@ class TargetActivities:
     async def create_disk(self, call: m.DiskCall) -> ResourceView:
         """One managed disk out of the frozen replica of one disk."""
         site = self._sites.target(call.site)
-        spec = target_spec(call.machine, call.settings, call.network)
+        spec = target_spec(call.machine, call.settings, call.network, test=call.test)
         async with beating() as beat:
             manifest = await self._store_call(site, lambda store: store.manifest(call.machine, call.point))
             point = next((d for d in manifest.disks if d.state.key == call.disk.key), None)
@@ -153,7 +158,7 @@ class TargetActivities:
     async def create_nic(self, call: m.NicCall) -> list[ResourceView]:
         """The network interfaces of a machine."""
         site = self._sites.target(call.site)
-        spec = target_spec(call.machine, call.settings, call.network)
+        spec = target_spec(call.machine, call.settings, call.network, test=call.test)
         async with beating():
             made = [await site.create_nic(owner(call), spec, i, nic) for i, nic in enumerate(spec.nics)]
         return [resource_view(r) for r in made]
@@ -161,7 +166,7 @@ class TargetActivities:
     @activity.defn(name=s.CREATE_MACHINE.name)
     async def create_machine(self, call: m.MachineCall) -> ResourceView:
         """Create and start the machine on its disks."""
-        spec = target_spec(call.machine, call.settings, call.network)
+        spec = target_spec(call.machine, call.settings, call.network, test=call.test)
         async with beating() as beat:
             made = await self._sites.target(call.site).create_machine(
                 owner(call),

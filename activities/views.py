@@ -42,14 +42,14 @@ def owner(call: OwnedCall) -> Owner:
     return Owner(plan=call.plan, run=call.run, machine=call.machine, purpose=purpose(call.test))
 
 
-def target_spec(machine: str, settings: MachinePlan, network: str) -> TargetSpec:
-    """What the plan says of a machine, as the target's port wants it."""
+def target_spec(machine: str, settings: MachinePlan, network: str, *, test: bool) -> TargetSpec:
+    """What the plan says of a machine, as the target's port wants it. A test gets no public address."""
     t = settings.target
     nic = TargetNic(
         network=network,
         subnet=t.subnet,
         address=t.address,
-        public=t.public,
+        public=t.public and not test,
         security_group=t.security_group,
     )
     return TargetSpec(

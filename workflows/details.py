@@ -88,9 +88,9 @@ def waiting(pending: PendingAction) -> str:
     limit = f" Time limit: {instant(pending.until)}." if pending.until else ""
     return page(
         "\n".join(f"> {line}" for line in quotation),
+        f"Waiting since {instant(pending.since)}.{limit}\n"
         "To answer: **More Actions**, **Send an Update**, `decide`, with this input (or `reject`):",
         f"```\n{answer}\n```",
-        f"Waiting since {instant(pending.since)}.{limit}",
     )
 
 
@@ -124,9 +124,7 @@ def run_page(
     return page(
         *(waiting(pending) for pending in progress.pending),
         f"**{course.title} of {plain(progress.plan)}**",
-        bullets([*facts, *problems]),
-        "**Machines**" if progress.machines else "",
-        bullets(_groups(progress.machines, stages, run, namespace)),
+        bullets([*facts, *problems, *_groups(progress.machines, stages, run, namespace)]),
         "**What happened last** (times in UTC)" if progress.log else "",
         bullets(plain(line) for line in reversed(progress.log[-_EVENTS:])),
     )

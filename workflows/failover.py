@@ -216,11 +216,13 @@ class Failover:
         stopped: ErrorView | None = None
         try:
             pinned = await self._load()
-            await self._check_target(pinned)
-            network = await self._network(pinned)
+            network = pinned.plan.network.failover
             await self._start_groups(pinned, network)
-            for stage in self._course.stages:
+            for number, stage in enumerate(self._course.stages):
                 await self._stage(pinned, stage, network)
+                if number == 0:  # the machines are ours: nothing has been touched yet
+                    await self._check_target(pinned)
+                    network = await self._network(pinned)
         except _Stop as stop:
             stopped = stop.view
         except asyncio.CancelledError:
@@ -263,9 +265,10 @@ class Failover:
             findings = await run_step(
                 s.CHECK_TARGET,
                 m.CheckTargetCall(
-                    site=plan.sites.target, plan=plan, machines=self._chosen(plan), test=self._course.is_test
+                    site=plan.sites.target, plan=plan, machines=self._at_work(), test=self._course.is_test
                 ),
                 queue=pinned.target_queue,
+                rules=s.TARGET_IN_A_HURRY if self._ask.kind is RunKind.UNPLANNED else None,
                 summary=f"Check {plan.sites.target}: networks, addresses, quota, names",
             )
         except ActivityError as error:
@@ -284,6 +287,10 @@ class Failover:
                 causes=tuple(dict.fromkeys(f.code for f in bad)),
                 action=" ".join(dict.fromkeys(f.action for f in bad)),
             )
+
+    def _at_work(self) -> tuple[str, ...]:
+        """Machines that have neither failed nor been left out."""
+        return tuple(n for n, row in self._rows.items() if row.outcome is StageOutcome.DONE)
 
     async def _network(self, pinned: m.PinnedPlan) -> str:
         plan = pinned.plan

@@ -40,7 +40,6 @@ with workflow.unsafe.imports_passed_through():
         RunKind,
     )
     from farshore.domain.errors import Code, FarshoreError
-    from farshore.domain.machine import MainState
     from farshore.workflows.details import bullets, clock, link, many, page, plain, size
     from farshore.workflows.messages import MachineReport, MachineRun, Proceed, StageOutcome
     from farshore.workflows.stages import COURSES, Work
@@ -135,7 +134,7 @@ class MachineFailover:
                     await self._steps[work](self)
                 last = stage is self._course.stages[-1]
                 if not last:
-                    self._doing = "waiting for the other machines"
+                    self._doing = "waiting for the next stage of the run"
                     self._show()
                 await self._report(stage.name, StageOutcome.DONE, needs_fence=self._needs_fence(stage.name))
         except _Skip as reason:
@@ -202,7 +201,8 @@ class MachineFailover:
             )
         except ActivityError as error:
             view = error_view(error, subject=self._in.machine)
-            now = {str(view.details.get("state", "")), str(view.details.get("test_state", ""))}
+            self._state = str(view.details.get("state", ""))
+            now = {self._state, str(view.details.get("test_state", ""))}
             if view.code == Code.OPERATION_NOT_ALLOWED and now & self._course.skips_in and not self._in.named:
                 raise _Skip(self._course.skip_note) from None
             raise
@@ -600,7 +600,7 @@ class MachineFailover:
         return MachineResult(
             machine=self._in.machine,
             outcome=outcome,
-            state=self._state or MainState.UNPROTECTED.value,
+            state=self._state,
             note=self._note,
             point=self._point,
             data_loss_seconds=self._loss() if outcome is Outcome.SUCCEEDED else None,

@@ -72,6 +72,11 @@ class Readiness:
         groups = dict(zip(named, await self._together(self._group(name) for name in named), strict=True))
         out: list[Finding] = []
         asked: list[Coroutine[Any, Any, list[Finding]]] = []
+        own = (
+            await self._own_addresses(purpose)
+            if any(nic.address for _, nic in nics)
+            else set[tuple[str, str]]()
+        )
         wanted: Counter[tuple[str, str]] = Counter()
         for spec, nic in nics:
             subnet = subnets[(nic.network.lower(), nic.subnet.lower())]
@@ -80,7 +85,15 @@ class Readiness:
             elif nic.address:
                 where = (nic.network.lower(), nic.address)
                 wanted[where] += 1
-                asked.append(self._check_address(spec, nic, subnet, nic.address, again=wanted[where] > 1))
+                check = self._check_address(
+                    spec,
+                    nic,
+                    subnet,
+                    nic.address,
+                    again=wanted[where] > 1,
+                    own=(spec.machine, nic.address) in own,
+                )
+                asked.append(check)
             missing = groups.get(nic.security_group or "")
             if missing is not None:
                 out.append(replace(missing, subject=spec.machine))
@@ -125,8 +138,20 @@ class Readiness:
             return _finding(Code.NETWORK_NOT_FOUND, name, error.info.message)
         return None
 
+    async def _own_addresses(self, purpose: Purpose) -> set[tuple[str, str]]:
+        """(machine, address) of the interfaces that an earlier run of the same purpose made; a rerun replaces them."""
+        rows = await _all(
+            self._clients.network.network_interfaces.list(self._settings.resource_group), "network interfaces"
+        )
+        return {
+            (names.read_tag(tags_of(row), names.MACHINE), str(config.private_ip_address))
+            for row in rows
+            if names.matches(tags_of(row), purpose=purpose)
+            for config in row.ip_configurations or []
+        }
+
     async def _check_address(
-        self, spec: TargetSpec, nic: TargetNic, subnet: nm.Subnet, address: str, *, again: bool
+        self, spec: TargetSpec, nic: TargetNic, subnet: nm.Subnet, address: str, *, again: bool, own: bool
     ) -> list[Finding]:
         where = f"subnet {nic.subnet} of network {nic.network}"
         problem = address_problem(address, subnet)
@@ -157,6 +182,16 @@ class Readiness:
             raise classify(error, doing=f"checking address {address}", subject=spec.machine) from error
         if seen.available:
             return []
+        if own:
+            return [
+                _finding(
+                    Code.ADDRESS_IN_USE,
+                    spec.machine,
+                    f"Address {address} of {spec.machine} is held by what an earlier run of it made ({where}).",
+                    action="None needed: this run replaces it.",
+                    severity=Severity.WARNING,
+                )
+            ]
         free = ", ".join((seen.available_ip_addresses or [])[:3])
         return [
             _finding(
@@ -194,13 +229,14 @@ class Readiness:
                 )
             found = there.get(name.lower())
             if found is not None:
-                left = names.matches(tags_of(found), purpose=purpose)
+                left = names.matches(tags_of(found), purpose=purpose, machine=spec.machine)
                 out.append(
                     _finding(
                         Code.NAME_TAKEN,
                         spec.machine,
                         f"There is a virtual machine {name} already; {names.describe(tags_of(found))}.",
-                        action="Clean up the earlier run, then start again." if left else "",
+                        action="None needed: this run replaces it." if left else "",
+                        severity=Severity.WARNING if left else Severity.ERROR,
                     )
                 )
         return out

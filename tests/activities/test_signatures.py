@@ -7,12 +7,13 @@ from collections.abc import Callable
 from typing import Any, get_type_hints
 
 import pytest
+from temporalio import activity
+
 from farshore.activities import signatures as s
 from farshore.activities.control import ControlActivities
 from farshore.activities.source import SourceActivities
 from farshore.activities.target import TargetActivities
 from farshore.contract.machine import ReplicationPolicy
-from temporalio import activity
 
 CLASSES = (ControlActivities, SourceActivities, TargetActivities)
 SITES = (SourceActivities, TargetActivities)

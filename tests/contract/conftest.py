@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from ..workflows.conftest import lab, server
+from ..workflows.conftest import lab, server  # noqa: TID252  tests are no installed package
 
 __all__ = ["lab", "server"]

@@ -8,8 +8,9 @@ from datetime import UTC, datetime
 from enum import Enum
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
-from farshore.plans.model import MachinePlan, Plan
 from pydantic import BaseModel
+
+from farshore.plans.model import MachinePlan, Plan
 
 PLAN = Plan.model_validate(
     {

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import pytest
+
 from farshore.contract import names
 from farshore.contract.client import FarshoreClient
 from farshore.contract.runs import FailoverInput, ProtectionInput, RunKind, RunStatus
 from farshore.domain.errors import Code, FarshoreError
 
-from ..workflows.harness import Harness, approve, ended_badly, eventually, pending
+from ..workflows.harness import Harness, approve, ended_badly, eventually, pending  # noqa: TID252  tests are no installed package
 
 pytestmark = pytest.mark.asyncio(loop_scope="session")
 

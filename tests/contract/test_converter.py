@@ -7,6 +7,12 @@ from collections.abc import Iterator
 from typing import Any, get_type_hints
 
 import pytest
+from pydantic import BaseModel
+from temporalio import workflow
+from temporalio.api.common.v1 import Payload
+from temporalio.api.failure.v1 import Failure
+from temporalio.exceptions import ApplicationError
+
 from farshore.activities import messages as activity_messages
 from farshore.contract import machine, runs
 from farshore.contract.converter import data_converter
@@ -16,11 +22,6 @@ from farshore.domain.errors import CATALOGUE, Code, FarshoreError
 from farshore.workers.worker import RUNS
 from farshore.workflows import messages as workflow_messages
 from farshore.workflows.machine_protection import MachineProtection
-from pydantic import BaseModel
-from temporalio import workflow
-from temporalio.api.common.v1 import Payload
-from temporalio.api.failure.v1 import Failure
-from temporalio.exceptions import ApplicationError
 
 from .samples import message
 
@@ -41,7 +42,7 @@ def inputs(of: type) -> Iterator[tuple[str, Any]]:
     """What a workflow takes: its own argument, and those of its updates and signals."""
     definition = workflow._Definition.must_from_class(of)
     run = definition.run_fn
-    yield of.__name__, list(get_type_hints(run).values())[0]
+    yield of.__name__, next(iter(get_type_hints(run).values()))
     for name, update in definition.updates.items():
         yield f"{of.__name__}.{name}", (update.arg_types or [None])[0]
 

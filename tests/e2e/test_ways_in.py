@@ -161,7 +161,7 @@ async def test_bad_input_is_answered_in_words_and_never_with_a_trace(make_stack,
     await says("no test is open", 1, "cleanup", "crm")
     await says("no failover to commit", 1, "commit", "crm")
     await fail_over(client, RunKind.TEST)
-    await says("clean up", 1, "failover", "crm", "--kind", "planned")  # a test is open
+    await says("Clean up the test first", 1, "failover", "crm", "--kind", "planned")  # a test is open
     await fail_over(client, RunKind.CLEANUP)
     first = await client.failover(FailoverInput(plan="crm", kind=RunKind.PLANNED))
     await until("the first run waits for a person", lambda: _pending(first), 180)

@@ -8,9 +8,7 @@ from __future__ import annotations
 import json
 import os
 import re
-import shutil
 from collections.abc import Iterator
-from contextlib import suppress
 from pathlib import Path
 from urllib.parse import quote
 
@@ -39,7 +37,7 @@ FLAGS = [
     "--disable-quic",
 ]
 SIZE = ViewportSize(width=1440, height=1000)
-STEP = 120_000.0  # ms for one thing to appear: generous, for machines that do much else
+STEP = 60_000.0  # ms for one thing to appear: generous, for machines that do much else
 RUN = 400_000.0  # ms for the slow halves of a failover
 
 pytestmark = [
@@ -83,6 +81,9 @@ class Person:
         self.page.goto(f"{self.ui}/{quote(run, safe='')}")
         expect(self.page.get_by_role("heading", level=1, name=run)).to_be_visible(timeout=STEP)
 
+    def find(self, query: str) -> None:
+        self.page.goto(f"{self.ui}?query={quote(query, safe='')}")
+
     def tab(self, name: str) -> None:
         self.page.get_by_test_id(f"{name}-tab").click()
 
@@ -100,17 +101,136 @@ class Person:
     # -- what a person does ---------------------------------------------------------------------------------------
 
     def type_json(self, where: Locator, value: object) -> None:
-        """Type an object and leave the field: the editor then lays it out, and what lies below it moves."""
+        """Typed as the editor lays it out when it loses the focus: else what lies below would move under the mouse."""
         where.locator(".cm-content:visible").first.click()
-        self.page.keyboard.insert_text(json.dumps(value))
-        where.locator("h1:visible, h2:visible, h3:visible").first.click()
-        expect(where.locator(".cm-line:visible").nth(1)).to_be_visible(timeout=STEP)
+        self.page.keyboard.insert_text(json.dumps(value, indent=2))
+        expect(where.locator(".cm-line:visible").last).to_have_text("}", timeout=STEP)
 
     def start(self, run: str, ask: object) -> None:
-        """The start form, prefilled as the README's link does."""
+        """The start form, prefilled by its address; afterwards the run's page."""
         self.page.goto(
             f"{self.ui}/start-workflow?workflowId={quote(run, safe='')}&taskQueue=farshore&workflowType=Failover"
         )
         expect(self.page.get_by_text("Task Queue is Active")).to_be_visible(timeout=STEP)
         self.type_json(self.page.locator("main"), ask)
         self.page.get_by_test_id("start-workflow-button").click()
+        expect(self.page.get_by_text("Workflow started successfully").first).to_be_attached(timeout=STEP)
+        self.open(run)
+
+    def send_decide(self, payload: object) -> Locator:
+        """More Actions, Send an Update, decide, Submit; the dialog."""
+        self.page.get_by_role("button", name="More Actions").click()
+        self.page.get_by_role("menuitem").filter(has_text="Update").first.click()
+        dialog = self.page.locator("dialog[open]#update-confirmation-modal")
+        dialog.get_by_role("button", name="Select an Update").click()
+        option = self.page.get_by_role("option").filter(has_text="decide")
+        expect(option).to_contain_text("Answer what the run waits for")
+        option.click()
+        self.type_json(dialog, payload)
+        dialog.get_by_role("button", name="Submit").click()
+        return dialog
+
+    def picture(self, name: str, height: int) -> None:
+        """A picture for the documentation, if one is wanted."""
+        folder = os.environ.get("FARSHORE_SCREENSHOTS")
+        if not folder:
+            return
+        self.page.set_viewport_size(ViewportSize(width=SIZE["width"], height=height))
+        self.page.screenshot(path=Path(folder) / name, animations="disabled")
+        self.page.set_viewport_size(SIZE)
+
+
+def test_a_person_fails_a_plan_over_in_the_web_ui(chromium: Browser, make_stack):
+    stack = make_stack(manual=True)
+    done = stack.run("protect", "crm")
+    assert done.returncode == 0, done.stdout + done.stderr
+    me, run = Person(chromium, stack), "crm/planned/by-hand"
+
+    # the start form, and the running plan with labels that need no knowledge of the code
+    me.start(run, {"plan": "crm", "kind": "planned", "reason": "site maintenance"})
+    me.status("Running")
+    for label in (
+        "Read and pin plan crm",
+        "Check westeurope: networks, addresses, quota, names",
+        "Group data: crm-db01",
+        "Group application: crm-app01",
+        "Group web: crm-web01",
+    ):
+        expect(me.timeline(label)).to_be_visible(timeout=STEP)
+
+    # it waits for a person: on the timeline without a reload, and first thing in the details
+    expect(me.timeline("Waiting for a person: Check the database")).to_be_visible(timeout=RUN)
+    text = me.details()
+    expect(text.locator("blockquote")).to_contain_text("WAITING FOR A PERSON: Check the database")
+    expect(text.locator("blockquote")).to_contain_text("Look at crm-db01.")
+    expect(text.locator("main > *").first).to_contain_text("WAITING FOR A PERSON")
+    expect(text.get_by_text("1 of 3 machines done")).to_be_visible()
+    expect(text.get_by_text("Reason: site maintenance")).to_be_visible()
+    machine = text.locator("li", has=text.get_by_role("link", name="crm-db01"))
+    expect(machine).to_contain_text("starting machines ✓ — runs since")
+    expect(text.get_by_text("crm-app01: making disks ✓ — 1 disk made")).to_be_visible()
+    me.picture("run-waiting.png", 1180)
+    answer = json.loads(text.locator("pre").inner_text())  # what a person would copy
+
+    # from there to the machine's own page
+    with me.page.context.expect_page() as opened:
+        text.get_by_role("link", name="crm-app01").click()
+    child = opened.value
+    expect(child.get_by_role("heading", level=1, name=f"{run}/crm-app01")).to_be_visible(timeout=STEP)
+    for label in ("Shutting down the source machine: crm-app01", "Making disk disk0 (12 MiB): crm-app01"):
+        row = child.get_by_role("button", name=re.compile("^Event ")).filter(has_text=label)
+        expect(row).to_be_visible(timeout=STEP)
+    child.close()
+
+    # a wrong answer is refused in words and changes nothing; the right one is taken
+    dialog = me.send_decide(answer | {"action": "no-such-action", "by": "alice"})
+    expect(dialog).to_contain_text("'no-such-action' is not pending", timeout=STEP)
+    expect(dialog).to_contain_text("this run waits for check-the-database")
+    dialog.get_by_role("button", name="Cancel").click()
+    expect(dialog).to_be_hidden()
+    me.open(run)
+    me.status("Running")
+    dialog = me.send_decide(answer | {"by": "alice", "observation": "it answers"})
+    expect(dialog).to_be_hidden(timeout=STEP)
+
+    # finished, seen without a reload, with its result
+    me.status("Completed", timeout=RUN)
+    result = me.page.get_by_role("textbox", name="Result")
+    expect(result).to_contain_text('"status": "Succeeded"', timeout=STEP)
+    me.open(run)
+    expect(me.timeline("Run mark.sh")).to_be_visible(timeout=STEP)
+    me.picture("run-finished-timeline.png", 1750)
+    expect(me.details().get_by_text("ended: Succeeded").first).to_be_visible(timeout=STEP)
+
+    # the machine's lasting page: state, what is allowed, at a glance
+    me.open("machine/crm-db01")
+    text = me.details()
+    expect(text.get_by_text("crm-db01 is PlannedCommitPending; it runs at the recovery site")).to_be_visible()
+    expect(text.get_by_text(re.compile("Allowed now: .*Commit"))).to_be_visible()
+
+    # the list, by search attributes
+    me.find('FarshorePlan="crm" AND FarshoreKind="planned"')
+    for id in (run, f"{run}/group/data", f"{run}/crm-db01"):
+        expect(me.page.get_by_role("link", name=id, exact=True)).to_be_visible(timeout=STEP)
+    expect(me.page.get_by_role("link", name="machine/crm-db01", exact=True)).to_have_count(0)
+    me.find('FarshorePlan="crm" AND FarshoreState="PlannedCommitPending"')
+    expect(me.page.get_by_role("link", name="machine/crm-db01", exact=True)).to_be_visible(timeout=STEP)
+    assert me.errors == []
+
+
+def test_a_wrong_start_ends_at_once_in_words_on_the_page(chromium: Browser, make_stack):
+    stack = make_stack()
+    me = Person(chromium, stack)
+    wrong = {
+        "crm/wrong-kind": ({"plan": "crm", "kind": "live"}, "kind: Input should be"),
+        "crm/unknown-plan": ({"plan": "crn", "kind": "test"}, "crm"),  # and the near match is named
+    }
+    for run, (ask, words) in wrong.items():
+        me.start(run, ask)
+        me.status("Failed")
+        expect(me.page.get_by_role("textbox", name="Result")).to_contain_text(words, timeout=STEP)
+        shown = me.page.locator("main").inner_text()
+        assert "Traceback" not in shown
+        assert 'File "' not in shown
+        assert ".py" not in shown
+    assert me.errors == []

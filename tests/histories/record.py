@@ -29,7 +29,6 @@ from farshore.contract.runs import (  # noqa: E402
 )
 from farshore.domain.errors import Code  # noqa: E402
 from farshore.domain.machine import MainState  # noqa: E402
-
 from tests.workflows.harness import Harness, approve, ended_badly, pending, running  # noqa: E402
 from tests.workflows.world import World  # noqa: E402
 
@@ -124,6 +123,7 @@ async def stopped(lab: Harness, keeper: Recorder) -> None:
     await ended_badly(run)
     await keeper.keep_run(run, "planned-stopped", world)
     world.heal()
+    world.forget()
     gate = world.hold("shut_down_source", "b")
     run = await lab.client.failover(FailoverInput(plan=world.name, kind=RunKind.PLANNED))
     await world.reached("shut_down_source", "b")
@@ -137,7 +137,6 @@ async def stopped(lab: Harness, keeper: Recorder) -> None:
 async def main(release: str) -> None:
     async with running() as lab:
         files = await record(lab, release)
-        await lab.sweep()
     print(f"{len(files)} histories, {sum(f.stat().st_size for f in files) / 1024:.0f} KiB, in {HERE}")
 
 

@@ -7,14 +7,15 @@ import sys
 from pathlib import Path
 
 import pytest
+from temporalio.client import WorkflowHistory
+from temporalio.worker import Replayer
+from temporalio.workflow import NondeterminismError
+
 from farshore.contract import names
 from farshore.contract.converter import data_converter
 from farshore.contract.runs import RunKind
 from farshore.workers.worker import RUNS, workflow_runner
 from farshore.workflows.machine_protection import MachineProtection
-from temporalio.client import WorkflowHistory
-from temporalio.worker import Replayer
-from temporalio.workflow import NondeterminismError
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
@@ -60,8 +61,18 @@ def test_there_is_a_history_of_every_workflow_and_every_kind() -> None:
     [
         ("points", "RecoveryPoints", "recovery-points", "        try:\n            pinned"),
         ("failover", "Failover", "failover-planned", '        self._enter("loading the plan")\n'),
-        ("machine_failover", "MachineFailover", "machine-failover-planned", "        self._show()\n        outcome"),
-        ("machine_protection", "MachineProtection", "machine-protection", "        self._show()\n        while"),
+        (
+            "machine_failover",
+            "MachineFailover",
+            "machine-failover-planned",
+            "        self._show()\n        outcome",
+        ),
+        (
+            "machine_protection",
+            "MachineProtection",
+            "machine-protection",
+            "        self._show()\n        while",
+        ),
     ],
 )
 async def test_an_inserted_timer_would_be_caught(

@@ -232,7 +232,7 @@ async def pending(run: Run, action: str = "", *, within: float = 60.0) -> RunPro
 async def eventually(true: Callable[[], Awaitable[bool]], *, within: float = 60.0) -> None:
     """Wait for a condition."""
     async with asyncio.timeout(within):
-        while not await true():
+        while not await true():  # noqa: ASYNC110  the condition lives in another process
             await asyncio.sleep(0.05)
 
 
@@ -296,4 +296,8 @@ async def running(*more_flags: str, slots: int = 100) -> AsyncIterator[Harness]:
         control = ControlActivities(env.client, Path("unused"), NoDirectory())
         stage = Stage(control)
         async with workers(env.client, stage, slots=slots):
-            yield Harness(env, FarshoreClient(env.client), stage)
+            harness = Harness(env, FarshoreClient(env.client), stage)
+            try:
+                yield harness
+            finally:
+                await harness.sweep()  # a worker waits for its activities, and legs go on for an hour

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+
 from farshore.activities.messages import PinnedPlan
 from farshore.activities.signatures import REPLICATE_LEG
 from farshore.contract.machine import ReplicationPolicy
@@ -53,7 +54,9 @@ async def test_a_machine_day_of_default_legs_fits_the_budget_even_with_a_worker_
 
     lost = per_leg + await _extra_events_of_a_lost_leg(lab) + TASK_OF_A_LOST_WORKER
     assert per_day + LOSSES * lost <= BUDGET
-    print(f"{per_leg:.1f} events a leg, {per_day:.0f} a day, {per_day + LOSSES * lost:.0f} with {LOSSES} losses")
+    print(
+        f"{per_leg:.1f} events a leg, {per_day:.0f} a day, {per_day + LOSSES * lost:.0f} with {LOSSES} losses"
+    )
 
 
 async def _extra_events_of_a_lost_leg(lab: Harness) -> float:

@@ -8,6 +8,9 @@ from typing import Any
 
 import pytest
 import pytest_asyncio
+from temporalio.client import WorkflowUpdateFailedError
+from temporalio.exceptions import ApplicationError
+
 from farshore.contract import names
 from farshore.contract.machine import (
     Abandon,
@@ -24,8 +27,6 @@ from farshore.contract.machine import (
 from farshore.contract.runs import RunKind
 from farshore.domain.errors import Code
 from farshore.domain.machine import MachineState, MainState, Operation, ResyncState
-from temporalio.client import WorkflowUpdateFailedError
-from temporalio.exceptions import ApplicationError
 
 from .harness import Harness, eventually, running
 from .world import World

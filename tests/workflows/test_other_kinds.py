@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import pytest
+from temporalio.client import WorkflowFailureError
+from temporalio.exceptions import ApplicationError
+
 from farshore.contract import names
 from farshore.contract.client import RunFailed
 from farshore.contract.runs import Outcome, PointsInput, ProtectionInput, ProtectionKind, RunKind, RunStatus
 from farshore.domain.errors import Code, FarshoreError
-from temporalio.client import WorkflowFailureError
-from temporalio.exceptions import ApplicationError
 
 from .harness import Harness, by_machine
 
@@ -18,7 +19,9 @@ pytestmark = pytest.mark.asyncio(loop_scope="session")
 # -- test and clean-up ------------------------------------------------------------------------------------------------
 
 
-async def test_a_test_failover_leaves_replication_running_and_its_clean_up_leaves_nothing(lab: Harness) -> None:
+async def test_a_test_failover_leaves_replication_running_and_its_clean_up_leaves_nothing(
+    lab: Harness,
+) -> None:
     world = await lab.protected(machines=("a", "b"))
     result = await lab.run(world, RunKind.TEST)
     assert result.status is RunStatus.SUCCEEDED
@@ -42,7 +45,9 @@ async def test_a_test_failover_leaves_replication_running_and_its_clean_up_leave
         assert status.last_test_at is not None
 
 
-async def test_a_clean_up_machine_by_machine_and_then_of_the_plan_removes_the_network_too(lab: Harness) -> None:
+async def test_a_clean_up_machine_by_machine_and_then_of_the_plan_removes_the_network_too(
+    lab: Harness,
+) -> None:
     world = await lab.protected(machines=("a", "b"))
     await lab.run(world, RunKind.TEST)
     for short in ("a", "b"):
@@ -135,7 +140,9 @@ async def test_a_commit_keeps_one_point_and_ends_replication(lab: Harness) -> No
     status = await lab.status(world, "a")
     assert status.state.main == "Committed"
     assert not status.replicating
-    assert [p.id for p in world.points[world.machine("a")]] == [status.newest_point.id if status.newest_point else ""]
+    assert [p.id for p in world.points[world.machine("a")]] == [
+        status.newest_point.id if status.newest_point else ""
+    ]
     again = await lab.fails(world, RunKind.COMMIT)
     assert "it has no failover to commit" in again.error.message
 
@@ -253,10 +260,18 @@ async def test_protect_with_nothing_to_wait_for_returns_at_once(lab: Harness) ->
     ("workflow", "given", "says"),
     [
         (names.FAILOVER, {"plan": "crm", "kind": "live"}, ["kind", "'planned'", "'live'"]),
-        (names.FAILOVER, {"kind": "test", "machine": "db"}, ["plan: is required", "machine: is not a known field"]),
+        (
+            names.FAILOVER,
+            {"kind": "test", "machine": "db"},
+            ["plan: is required", "machine: is not a known field"],
+        ),
         (names.FAILOVER, {"plan": "", "kind": "test"}, ["plan", "at least 1 character"]),
         (names.FAILOVER, "crm", ["FailoverInput", "'crm'"]),
-        (names.FAILOVER, {"plan": "p", "kind": "test", "machines": ["a"], "points": {"b": "latest"}}, ["points names b"]),
+        (
+            names.FAILOVER,
+            {"plan": "p", "kind": "test", "machines": ["a"], "points": {"b": "latest"}},
+            ["points names b"],
+        ),
         (
             names.FAILOVER,
             {"plan": "p", "kind": "unplanned", "break_glass": [{"by": "Ann"}, {"by": "ann "}]},

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 
 import pytest
+
 from farshore.activities.signatures import SOURCE_BEST_EFFORT
 from farshore.contract.runs import Confirmation, Decision, DecisionKind, Outcome, RunKind, RunStatus
 from farshore.domain.errors import Code, FarshoreError
