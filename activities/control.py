@@ -125,14 +125,17 @@ class ControlActivities:
                 Code.TEMPORAL_UNREACHABLE, f"Temporal answered {error.status.name}."
             ) from error
 
-    async def _is_running(self, run: str) -> bool:
+    async def _is_running(self, holder: str) -> bool:
+        """Whether the very run that holds a lock goes on (a reset run is the same one, a new run of the same id is not)."""
+        id = names.holder_id(holder)
         try:
-            description = await self._client.get_workflow_handle(run).describe()
+            description = await self._client.get_workflow_handle(id).describe()
         except RPCError as error:
             if error.status is RPCStatusCode.NOT_FOUND:
                 return False
             raise
-        return description.close_time is None
+        first = description.raw_description.workflow_execution_info.first_run_id
+        return description.close_time is None and holder in (id, names.lock_holder(id, first))
 
     @activity.defn(name=s.MACHINE_STATUS.name)
     async def machine_status(self, call: m.StatusCall) -> m.StatusList:

@@ -91,6 +91,7 @@ class FenceReport(Message):
 
 class InspectReport(Message):
     machine: str
+    id: str = ""  # the provider's stable id
     power: str
     tools_running: bool
     disks: int
@@ -209,6 +210,7 @@ class RemoveCall(OwnedCall):
     """Delete by tags; `machine` "" means what belongs to the run as a whole too."""
 
     except_run: str = ""
+    run_level: bool = False  # only what belongs to the run as a whole
 
 
 class RemoveReport(Message):

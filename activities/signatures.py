@@ -92,6 +92,7 @@ ENABLE_TRACKING = Step("enable_tracking", m.SourceCall, m.InspectReport, SOURCE)
 SHUT_DOWN_SOURCE = Step("shut_down_source", m.ShutDownCall, m.ShutDownReport, SOURCE)
 PROVE_SOURCE_OFF = Step("prove_source_off", m.SourceCall, m.FenceReport, SOURCE)
 POWER_ON_SOURCE = Step("power_on_source", m.SourceCall, m.InspectReport, SOURCE)
+REAP_SOURCE = Step("reap_source", m.SourceCall, m.Removed, SOURCE)
 REPLICATE_LEG = Step("replicate_leg", m.LegCall, m.LegReport, LEG)
 FINAL_CYCLE = Step("final_cycle", m.FinalCycleCall, m.PointView, SOURCE)
 

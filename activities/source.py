@@ -67,6 +67,12 @@ class SourceActivities:
             await site.power_on(call.source)
             return _report(call.machine, await site.inspect(call.source))
 
+    @activity.defn(name=s.REAP_SOURCE.name)
+    async def reap_source(self, call: m.SourceCall) -> m.Removed:
+        """Remove what replication left at the source, when no leg will come any more."""
+        async with beating():
+            return m.Removed(ids=tuple(await self._sites.source(call.site).reap(call.source)))
+
     @activity.defn(name=s.REPLICATE_LEG.name)
     async def replicate_leg(self, call: m.LegCall) -> m.LegReport:
         """Many cycles of replication. What it has done is in the store, not in Temporal."""
@@ -164,6 +170,7 @@ def _report(machine: str, seen: SourceMachine) -> m.InspectReport:
     errors = [f"{f.message} {f.action}" for f in seen.findings if f.severity is Severity.ERROR]
     return m.InspectReport(
         machine=machine,
+        id=seen.id,
         power=seen.power.value,
         tools_running=seen.tools_running,
         disks=len(seen.disks),

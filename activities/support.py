@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import contextvars
 import threading
 from collections.abc import AsyncGenerator, Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
 from temporalio import activity
@@ -17,6 +19,9 @@ from farshore.domain.errors import Code, FarshoreError
 
 T = TypeVar("T")
 _BEAT = 2.0  # seconds between heartbeats
+_THREADS = ThreadPoolExecutor(max_workers=1024, thread_name_prefix="step")
+"""For work that blocks. Threads are made as needed, so the bound is the workers' slots and never this pool: a leg keeps
+its thread for an hour."""
 
 
 class ErrorInterceptor(Interceptor):
@@ -31,14 +36,20 @@ class _Errors(ActivityInboundInterceptor):
         try:
             return await super().execute_activity(input)
         except FarshoreError as error:
-            raise to_application_error(error) from error
+            # The chain of causes holds texts of SDKs, which may hold secrets: it stays in the log.
+            activity.logger.info("%s: %s", error.code.value, error, exc_info=error)
+            raise to_application_error(error) from None
         except (ApplicationError, CancelledError, asyncio.CancelledError):
             raise
         except Exception as error:
             # The last net: whatever an SDK raises unforeseen must still reach the person on call with advice.
             activity.logger.exception("unforeseen error in %s", activity.info().activity_type)
-            wrapped = FarshoreError(Code.INTERNAL, f"{type(error).__name__}: {error}"[:500])
-            raise to_application_error(wrapped) from error
+            where = activity.info().activity_type
+            wrapped = FarshoreError(
+                Code.INTERNAL,
+                f"{where} failed with {type(error).__name__}; the worker's log has the details.",
+            )
+            raise to_application_error(wrapped) from None
 
 
 class Beat:
@@ -82,13 +93,19 @@ async def in_thread(work: Callable[[Callable[[], bool]], T]) -> T:
     """Run blocking work in a thread. On cancellation the work sees `should_stop()` and is awaited to its end, so that
     no thread goes on writing after its activity has ended."""
     stop = threading.Event()
-    task = asyncio.create_task(asyncio.to_thread(work, stop.is_set))
+    context = contextvars.copy_context()
+
+    def run() -> T:
+        return context.run(work, stop.is_set)
+
+    task = asyncio.ensure_future(asyncio.get_running_loop().run_in_executor(_THREADS, run))
     try:
         return await asyncio.shield(task)
     except asyncio.CancelledError:
         stop.set()
-        with contextlib.suppress(
-            Exception
-        ):  # the cancellation is what counts; the work's own error is logged there
-            await task
+        while not task.done():  # however often the cancellation is repeated
+            with contextlib.suppress(
+                BaseException
+            ):  # the first cancellation is what counts, and is raised below
+                await asyncio.shield(task)
         raise

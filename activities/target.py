@@ -77,8 +77,10 @@ class TargetActivities:
             point = choose(store.points(call.machine), choice, machine=call.machine)
             if call.hold:
                 holder = purpose(call.test).value  # one test and one failover of a machine at a time
+                store.hold(call.machine, point.id, f"{holder} (choosing)")  # never a moment without a hold
                 store.release(call.machine, holder)
                 store.hold(call.machine, point.id, holder)
+                store.release(call.machine, f"{holder} (choosing)")
             manifest = store.manifest(call.machine, point.id)
             ordered = sorted(manifest.disks, key=lambda d: (not d.state.boot, _natural(d.state.key)))
             disks = tuple(
@@ -230,6 +232,7 @@ class TargetActivities:
                 run=call.run,
                 machine=call.machine,
                 except_run=call.except_run,
+                run_level=call.run_level,
             )
         return m.RemoveReport(
             deleted=tuple(resource_view(r) for r in done.deleted),

@@ -117,6 +117,7 @@ class MachineStatus(Message):
     error: ErrorView | None = None
     target_site: str = ""
     source_site: str = ""
+    source: str = ""  # name at the source, and behind "#" the id that was pinned when protection was enabled
 
 
 class ProtectionState(Message):

@@ -31,6 +31,22 @@ def site_queue(site: str, provider: str) -> str:
     return f"site.{site}.{provider}"
 
 
+def legs_queue(queue: str) -> str:
+    """Beside a source site's queue, the one for its replication: legs last an hour, and must never keep the slots that
+    a failover's steps need."""
+    return f"{queue}.legs"
+
+
+def lock_holder(workflow_id: str, first_run_id: str) -> str:
+    """How a run names itself to the machines' locks and in tags: the id may come again, with the first run id it can't."""
+    return f"{workflow_id}#{first_run_id}"
+
+
+def holder_id(holder: str) -> str:
+    """The workflow id of a lock's holder, as people know it."""
+    return holder.rpartition("#")[0] or holder
+
+
 def protection_id(machine: str) -> str:
     """Workflow id of the one MachineProtection of a machine: the lock, the state and the replication loop."""
     return f"machine/{machine}"

@@ -98,7 +98,12 @@ class FenceProof:
 
 
 class SourceSite(Protocol):
-    """A site whose machines are protected."""
+    """A site whose machines are protected.
+
+    `source` is a machine's name, inventory path or id; or `name#id` with `SourceMachine.id`, a UUID, behind the last `#`:
+    then the machine of this id is meant, also when it was renamed. SourceMachineNotFound when there is none, or when it
+    lost the name and another machine has it now: a name alone may come to mean another machine.
+    """
 
     async def inspect(self, source: str) -> SourceMachine:
         """Find a machine by name, inventory path or id. SourceMachineNotFound, SourceUnreachable."""
@@ -122,6 +127,13 @@ class SourceSite(Protocol):
 
     def open_source(self, machine: str, source: str) -> Source:
         """For the replication engine. Blocking; called from a thread."""
+        ...
+
+    async def reap(self, source: str) -> list[str]:
+        """Remove every snapshot that Farshore took of this machine and left; returns their names. Idempotent.
+
+        Only while nobody replicates the machine: before the first leg of a protection, after its last one.
+        """
         ...
 
     async def close(self) -> None: ...
@@ -279,8 +291,12 @@ class TargetSite(Protocol):
         run: str = "",
         machine: str = "",
         except_run: str = "",
+        run_level: bool = False,
     ) -> Removal:
-        """Delete what Farshore made, by tags, in dependency order. Never touches anything without our tags."""
+        """Delete what Farshore made, by tags, in dependency order. Never touches anything without our tags.
+
+        `run_level`: only what belongs to a run as a whole (a test network), nothing of any machine.
+        """
         ...
 
     def open_store(self) -> ReplicaStore:

@@ -25,7 +25,7 @@ from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 
-from farshore.domain.errors import FarshoreError
+from farshore.domain.errors import Code, FarshoreError
 from farshore.domain.points import Consistency, RecoveryPoint
 from farshore.replication import leaves
 from farshore.replication.bandwidth import TokenBucket
@@ -130,7 +130,8 @@ def run_cycle(
 
     `resync` reads the replica itself back and compares the whole source with it: it heals a damaged replica. Raises
     Stopped when `should_stop` said so, ReplicaFenced when a newer owner exists, whatever the source raises, and what
-    `progress` raises. After any error the writer holds no state of the cycle and may be used again, unless the commit
+    `progress` raises. A `final` point needs a machine that was off at the cut, else FenceNotProven: what a running machine
+    writes afterwards would be missing from what is called its last state. After any error the writer holds no state of the cycle and may be used again, unless the commit
     itself failed.
     """
     cycle = writer.cycle
@@ -140,6 +141,13 @@ def run_cycle(
     release_error = ""
     try:
         try:
+            if final and not cut.powered_off:
+                raise FarshoreError(
+                    Code.FENCE_NOT_PROVEN,
+                    f"{machine} was not off when it was cut for its final point: the point would miss what it writes next.",
+                    subject=machine,
+                    retryable=False,
+                )
             run = _Run(writer, cut, cycle=cycle, sink=sink, should_stop=should_stop, pace=pace or Pace())
             manifest = run.copy(machine, final, resync, dict(tags or {}), clock)
             point = writer.commit(manifest)

@@ -51,6 +51,11 @@ class FileCut:
         return Consistency.CRASH
 
     @property
+    def powered_off(self) -> bool:
+        """The caller vouches for quiet files, as with `barrier`."""
+        return True
+
+    @property
     def disks(self) -> Sequence[DiskState]:
         return self._disks
 
@@ -135,14 +140,24 @@ class FileSource:
         for path in tables[:-_KEPT_TABLES]:
             path.unlink(missing_ok=True)
 
-    def reap(self) -> list[str]:
-        names = sorted(path.name for path in self._cuts.iterdir())
+    def reap(self, upto: str = "") -> list[str]:
+        names = sorted(
+            path.name
+            for path in self._cuts.iterdir()
+            if not upto or _epoch_of(path.name) <= _epoch_of(safe_name(upto))
+        )
         for name in names:
             shutil.rmtree(self._cuts / name, ignore_errors=True)
         return names
 
     def close(self) -> None:
         return None
+
+
+def _epoch_of(name: str) -> int:
+    """The epoch in a cut's name; -1 for names without one: nobody owns them."""
+    parts = name.rsplit("-", 2)
+    return int(parts[1]) if len(parts) == 3 and parts[1].isdecimal() else -1
 
 
 def _copy(source: Path, target: Path) -> None:

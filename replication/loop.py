@@ -200,7 +200,7 @@ class _Leg:
             consistent = [point.taken_at for point in points if point.consistency is not Consistency.CRASH]
             self._app_tried_at = max(consistent) if consistent else None
         self._tell("clearing what a predecessor left at the source")
-        self._source.reap()
+        self._source.reap(f"farshore-{self._plan.machine}-{writer.epoch}-0")
         return writer
 
     def _leave(self) -> None:

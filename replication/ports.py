@@ -54,6 +54,11 @@ class SourceCut(Protocol):
     @property
     def consistency(self) -> Consistency: ...
     @property
+    def powered_off(self) -> bool:
+        """Whether the machine is known to have been off at this instant. In doubt: False."""
+        ...
+
+    @property
     def disks(self) -> Sequence[DiskState]: ...
 
     def changed(self, disk_key: str, since: DiskState | None) -> Iterator[Extent]:
@@ -84,8 +89,12 @@ class Source(Protocol):
         """Take one snapshot over all disks. `name` is deterministic (`farshore-<machine>-<epoch>-<cycle>`)."""
         ...
 
-    def reap(self) -> list[str]:
-        """Release what a dead predecessor left (snapshots with our prefix); returns their names."""
+    def reap(self, upto: str = "") -> list[str]:
+        """Release what dead predecessors left (snapshots that we made); returns their names.
+
+        With `upto`, a cut's name, nothing of a higher epoch than that name's is touched: it belongs to a successor, who
+        may be at work. A source that can tell raises SourceBusy then.
+        """
         ...
 
     def close(self) -> None: ...

@@ -51,7 +51,10 @@ class WorkerTuning(_Part):
     """How a worker uses its machine. Seconds."""
 
     leg: float = Field(default=3600.0, gt=0, description="length of one replication activity")
-    activities: int = Field(default=100, gt=0, description="steps at the same time")
+    activities: int = Field(default=100, gt=0, le=400, description="steps at the same time")
+    legs: int = Field(
+        default=200, gt=0, le=600, description="machines replicated by this worker at the same time"
+    )
     heartbeat_throttle: float = Field(default=3.0, gt=0, description="longest delay of a heartbeat")
     graceful_shutdown: float = Field(default=10.0, ge=0)
     metrics: str | None = Field(default=None, description="host:port for Prometheus; none: no metrics")

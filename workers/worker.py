@@ -120,25 +120,33 @@ async def activate(client: Client, build: str) -> None:
                 await asyncio.sleep(1)  # the server learns of a version when its first poller arrives
 
 
-def site_worker(client: Client, settings: Settings, site: str, sites: ConfiguredSites) -> Worker:
-    """The activities of one site."""
+def site_workers(client: Client, settings: Settings, site: str, sites: ConfiguredSites) -> list[Worker]:
+    """The activities of one site; of a source also its replication, on a queue and with slots of its own."""
     tuning = settings.worker
     queue = settings.queue(site, wanted="worker")
     match settings.sites[site]:
         case VSphereSite():
-            activities = _activities(SourceActivities(sites))
+            source = SourceActivities(sites)
+            steps = [a for a in _activities(source) if a != source.replicate_leg]
+            work = [
+                (queue, steps, tuning.activities),
+                (names.legs_queue(queue), [source.replicate_leg], tuning.legs),
+            ]
         case AzureSite():
-            activities = _activities(TargetActivities(sites))
-    return Worker(
-        client,
-        task_queue=queue,
-        activities=activities,
-        interceptors=[ErrorInterceptor()],
-        max_concurrent_activities=tuning.activities,
-        max_heartbeat_throttle_interval=timedelta(seconds=tuning.heartbeat_throttle),
-        default_heartbeat_throttle_interval=timedelta(seconds=tuning.heartbeat_throttle),
-        graceful_shutdown_timeout=timedelta(seconds=tuning.graceful_shutdown),
-    )
+            work = [(queue, _activities(TargetActivities(sites)), tuning.activities)]
+    return [
+        Worker(
+            client,
+            task_queue=name,
+            activities=activities,
+            interceptors=[ErrorInterceptor()],
+            max_concurrent_activities=slots,
+            max_heartbeat_throttle_interval=timedelta(seconds=tuning.heartbeat_throttle),
+            default_heartbeat_throttle_interval=timedelta(seconds=tuning.heartbeat_throttle),
+            graceful_shutdown_timeout=timedelta(seconds=tuning.graceful_shutdown),
+        )
+        for name, activities, slots in work
+    ]
 
 
 async def run_workers(
@@ -156,7 +164,7 @@ async def run_workers(
     """
     configured = ConfiguredSites(settings)
     workers = control_workers(client, settings) if control else []
-    workers += [site_worker(client, settings, site, configured) for site in sites]
+    workers += [worker for site in sites for worker in site_workers(client, settings, site, configured)]
     running = [asyncio.create_task(worker.run()) for worker in workers]
     deployment = settings.worker.deployment
     if control and deployment is not None and deployment.activate:

@@ -125,7 +125,7 @@ def run_page(
         *(waiting(pending) for pending in progress.pending),
         f"**{course.title} of {plain(progress.plan)}**",
         bullets([*facts, *problems, *_groups(progress.machines, stages, run, namespace)]),
-        "**What happened last** (times in UTC)" if progress.log else "",
+        "**What happened last** (newest first, times in UTC)" if progress.log else "",
         bullets(plain(line) for line in reversed(progress.log[-_EVENTS:])),
     )
 

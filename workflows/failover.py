@@ -92,6 +92,7 @@ class Failover:
         self._ask = ask
         self._course: Course = COURSES[ask.kind]
         self._id = workflow.info().workflow_id
+        self._holder = names.lock_holder(self._id, workflow.info().first_execution_run_id)
         self._started = workflow.now()
         self._plan: Plan | None = None
         self._sha = ""
@@ -309,7 +310,7 @@ class Failover:
             m.TestNetworkCall(
                 site=plan.sites.target,
                 plan=plan.plan,
-                run=self._id,
+                run=self._holder,
                 machine="",
                 test=True,
                 like=(plan.network.failover,),
@@ -330,7 +331,7 @@ class Failover:
                 handle = await workflow.start_child_workflow(
                     FailoverGroup.run,
                     GroupRun(
-                        run=self._id,
+                        run=self._holder,
                         kind=self._ask.kind,
                         plan=self._ask.plan,
                         group=group.group,
@@ -353,7 +354,7 @@ class Failover:
     def _machine_run(self, pinned: m.PinnedPlan, name: str, group: BootGroup, network: str) -> MachineRun:
         plan, ask = pinned.plan, self._ask
         return MachineRun(
-            run=self._id,
+            run=self._holder,
             kind=ask.kind,
             plan=ask.plan,
             machine=name,
@@ -501,7 +502,7 @@ class Failover:
         return tuple(
             FenceToken(
                 machine=name,
-                run=self._id,
+                run=self._holder,
                 kind=FenceKind.BREAK_GLASS,
                 evidence=f"break-glass — {words}",
                 at=workflow.now(),
@@ -556,7 +557,7 @@ class Failover:
 
     async def _script(self, pinned: m.PinnedPlan, action: ScriptAction, where: str) -> None:
         self._enter(f"script {action.script} ({where})")
-        key = f"{self._id}:{where}:{action.script}"
+        key = f"{self._holder}:{where}:{action.script}"
         context = {
             "plan": self._ask.plan,
             "kind": self._ask.kind.value,
@@ -616,7 +617,7 @@ class Failover:
             m.OwnedCall(
                 site=pinned.plan.sites.target,
                 plan=self._ask.plan,
-                run=self._id,
+                run=self._holder,
                 machine=machine,
                 test=self._course.is_test,
             ),
@@ -626,7 +627,7 @@ class Failover:
         return m.GuestScriptCall(
             site=pinned.plan.sites.target,
             plan=self._ask.plan,
-            run=self._id,
+            run=self._holder,
             machine=machine,
             test=self._course.is_test,
             script=text,
@@ -749,21 +750,27 @@ class Failover:
         return found
 
     async def _remove_network(self, machines: Sequence[MachineResult]) -> None:
+        """The test's network goes with the last test of the plan that is cleaned up."""
         plan = self._plan
-        if (
-            plan is None
-            or len(machines) != len(plan.machines)
-            or any(r.outcome is Outcome.FAILED for r in machines)
-        ):
+        if plan is None or any(r.outcome not in (Outcome.SUCCEEDED, Outcome.SKIPPED) for r in machines):
             return
-        self._enter("removing the test network")
-        pinned_queue = self._parts[0].machines[0].spec.target_queue
         try:
+            statuses = await run_step(
+                s.MACHINE_STATUS,
+                m.StatusCall(machines=tuple(plan.machines)),
+                queue=names.CONTROL_QUEUE,
+                summary="Look whether another machine's test is still open",
+            )
+            if any(row["state"]["test"] not in self._course.skips_in for row in statuses.found.values()):
+                return
+            self._enter("removing the test network")
             gone = await run_step(
                 s.REMOVE_RESOURCES,
-                m.RemoveCall(site=plan.sites.target, plan=plan.plan, run="", machine="", test=True),
-                queue=pinned_queue,
-                summary="Remove the isolated network and anything left of the test",
+                m.RemoveCall(
+                    site=plan.sites.target, plan=plan.plan, run="", machine="", test=True, run_level=True
+                ),
+                queue=self._parts[0].machines[0].spec.target_queue,
+                summary="Remove the isolated network of the test",
             )
         except ActivityError as error:
             self._errors.append(error_view(error, unreachable=Code.TARGET_UNREACHABLE))
@@ -821,7 +828,7 @@ class Failover:
             run_page(
                 self.progress(),
                 course=self._course,
-                run=self._id,
+                run=self._holder,
                 namespace=workflow.info().namespace,
                 now=workflow.now(),
                 reason=self._ask.reason,

@@ -87,7 +87,7 @@ class FailoverGroup:
         return await workflow.start_child_workflow(
             MachineFailover.run,
             mr,
-            id=f"{mr.run}/{mr.machine}",
+            id=f"{names.holder_id(mr.run)}/{mr.machine}",
             static_summary=f"{COURSES[mr.kind].title}: {mr.machine}",
             search_attributes=TypedSearchAttributes(
                 [
@@ -147,7 +147,7 @@ class FailoverGroup:
             text = (
                 outcome(titles.get(row.stage, row.stage), row.outcome.value, row.note) if row else "not begun"
             )
-            name = link(mr.machine, f"{mr.run}/{mr.machine}", workflow.info().namespace)
+            name = link(mr.machine, f"{names.holder_id(mr.run)}/{mr.machine}", workflow.info().namespace)
             lines.append(f"{name}: {text}")
         workflow.set_current_details(
             page(

@@ -74,6 +74,7 @@ class MachineFailover:
     def __init__(self, given: MachineRun) -> None:
         self._in = given
         self._course = COURSES[given.kind]
+        self._spec = given.spec
         self._proceed: dict[str, Proceed] = {}
         self._stop = ""
         self._begun = False
@@ -209,12 +210,14 @@ class MachineFailover:
         self._begun = True
         self._state = status.state.main.value
         self._point = status.point_in_use
+        if status.source:
+            self._spec = self._spec.model_copy(update={"source": status.source})
 
     async def _check_source(self) -> None:
         seen = await run_step(
             s.INSPECT_SOURCE,
             self._source_call(),
-            queue=self._in.spec.source_queue,
+            queue=self._spec.source_queue,
             summary=self._say("looking at the source machine"),
         )
         if seen.errors:
@@ -232,13 +235,13 @@ class MachineFailover:
         down = await run_step(
             s.SHUT_DOWN_SOURCE,
             m.ShutDownCall(
-                site=self._in.spec.source_site,
+                site=self._spec.source_site,
                 machine=self._in.machine,
-                source=self._in.spec.source,
+                source=self._spec.source,
                 guest_timeout=self._in.guest_timeout,
                 force=self._in.force_off,
             ),
-            queue=self._in.spec.source_queue,
+            queue=self._spec.source_queue,
             summary=self._say("shutting down the source machine"),
             rules=rules,
             longer_by=self._in.guest_timeout,
@@ -259,8 +262,8 @@ class MachineFailover:
     async def _final_cycle(self, rules: s.Rules | None = None, patience: float = 3600.0) -> None:
         self._final = await run_step(
             s.FINAL_CYCLE,
-            m.FinalCycleCall(spec=self._in.spec, owner=self._in.run, patience=patience),
-            queue=self._in.spec.source_queue,
+            m.FinalCycleCall(spec=self._spec, owner=self._in.run, patience=patience),
+            queue=self._spec.source_queue,
             summary=self._say("copying the last changes"),
             rules=rules,
         )
@@ -277,7 +280,7 @@ class MachineFailover:
         proof = await run_step(
             s.PROVE_SOURCE_OFF,
             self._source_call(),
-            queue=self._in.spec.source_queue,
+            queue=self._spec.source_queue,
             summary=self._say("proving that the source can't write"),
             rules=rules,
         )
@@ -302,11 +305,19 @@ class MachineFailover:
                 f"Nothing proves that {self._in.machine} is off.",
                 subject=self._in.machine,
             )
+        if fence.kind is FenceKind.POWERED_OFF:
+            # Minutes may have passed since the proof: somebody, or high availability, may have started it again.
+            if self._in.kind is RunKind.PLANNED:
+                await self._prove()
+            else:
+                again = self._prove(s.SOURCE_BEST_EFFORT)
+                await self._attempt(again, "the proof could not be repeated", but=(Code.FENCE_NOT_PROVEN,))
+            fence = self._fence or fence
         self._say("closing the replica to the source")
         await run_step(
             s.FENCE_REPLICA,
-            m.StoreCall(site=self._in.spec.target_site, machine=self._in.machine, holder=self._in.run),
-            queue=self._in.spec.target_queue,
+            m.StoreCall(site=self._spec.target_site, machine=self._in.machine, holder=self._in.run),
+            queue=self._spec.target_queue,
             summary=f"Closing the replica to the source: {self._in.machine}",
         )
         status = await self._update("advance", Advance(run=self._in.run, fence=fence), "promote")
@@ -319,7 +330,7 @@ class MachineFailover:
         chosen = await run_step(
             s.CHOOSE_POINT,
             m.ChoosePointCall(**self._owned(), choice=choice),
-            queue=self._in.spec.target_queue,
+            queue=self._spec.target_queue,
             summary=self._say(f"choosing the recovery point ({choice})"),
         )
         self._point, self._disks = chosen.point, chosen.disks
@@ -332,7 +343,7 @@ class MachineFailover:
         gone = await run_step(
             s.REMOVE_RESOURCES,
             m.RemoveCall(**self._owned(plan="", run=""), except_run=self._in.run),
-            queue=self._in.spec.target_queue,
+            queue=self._spec.target_queue,
             summary=self._say("removing what an earlier run left"),
         )
         self._must_be_gone(gone)
@@ -351,7 +362,7 @@ class MachineFailover:
                         point=point.id,
                         disk=disk,
                     ),
-                    queue=self._in.spec.target_queue,
+                    queue=self._spec.target_queue,
                     summary=f"Making disk {disk.label} ({size(disk.size)}): {self._in.machine}",
                 )
                 for disk in self._disks
@@ -364,7 +375,7 @@ class MachineFailover:
         made = await run_step(
             s.CREATE_NIC,
             m.NicCall(**self._owned(), settings=self._in.settings, network=self._network),
-            queue=self._in.spec.target_queue,
+            queue=self._spec.target_queue,
             summary=self._say("making the network interface"),
         )
         self._made_nics = tuple(made)
@@ -379,14 +390,14 @@ class MachineFailover:
                 disks=self._made_disks,
                 nics=tuple(n for n in self._made_nics if n.kind == "network-interface"),
             ),
-            queue=self._in.spec.target_queue,
+            queue=self._spec.target_queue,
             summary=self._say("creating the machine"),
         )
         self._made = (*self._made_disks, *self._made_nics, vm)
         up = await run_step(
             s.WAIT_UNTIL_RUNNING,
             m.WaitRunningCall(**self._owned(), resource=vm),
-            queue=self._in.spec.target_queue,
+            queue=self._spec.target_queue,
             summary=self._say("waiting until the machine runs"),
         )
         self._addresses, self._running_at = up.addresses, up.at
@@ -427,7 +438,7 @@ class MachineFailover:
         gone = await run_step(
             s.REMOVE_RESOURCES,
             m.RemoveCall(**owned),
-            queue=self._in.spec.target_queue,
+            queue=self._spec.target_queue,
             summary=self._say(what),
         )
         self._must_be_gone(gone)
@@ -437,7 +448,7 @@ class MachineFailover:
         await run_step(
             s.POWER_ON_SOURCE,
             self._source_call(),
-            queue=self._in.spec.source_queue,
+            queue=self._spec.source_queue,
             summary=self._say("starting the source machine"),
         )
         self._done.append("source machine started")
@@ -445,15 +456,27 @@ class MachineFailover:
     async def _commit(self) -> None:
         point = self._point
         if point is not None:
-            await self._release(_HOLDER_FAILOVER)
             gone = await run_step(
                 s.KEEP_ONLY_POINT,
-                m.StoreCall(site=self._in.spec.target_site, machine=self._in.machine, point=point.id),
-                queue=self._in.spec.target_queue,
+                m.StoreCall(site=self._spec.target_site, machine=self._in.machine, point=point.id),
+                queue=self._spec.target_queue,
                 summary=self._say(f"keeping only point {point.id}"),
             )
             self._done.append(f"{many(len(gone.ids), 'other point')} deleted")
+            await self._release(_HOLDER_FAILOVER)
+        await self._attempt(self._reap(), "its source could not be asked for left-over snapshots")
         await self._second_half()
+
+    async def _reap(self) -> None:
+        gone = await run_step(
+            s.REAP_SOURCE,
+            self._source_call(),
+            queue=self._spec.source_queue,
+            summary=self._say("removing Farshore's snapshots at the source"),
+            rules=s.SOURCE_BEST_EFFORT,
+        )
+        if gone.ids:
+            self._done.append(f"{many(len(gone.ids), 'left-over snapshot')} removed at the source")
 
     _steps: ClassVar[dict[Work, Callable[[MachineFailover], Awaitable[None]]]] = {
         Work.BEGIN: _begin,
@@ -480,12 +503,14 @@ class MachineFailover:
 
     # -- help -----------------------------------------------------------------------------------------------------
 
-    async def _attempt(self, step: Awaitable[None], failed: str) -> None:
+    async def _attempt(self, step: Awaitable[None], failed: str, *, but: tuple[Code, ...] = ()) -> None:
         """Best effort: a dead site is noted and never waited for again in this run."""
         try:
             await step
         except ActivityError as error:
             view = error_view(error, subject=self._in.machine)
+            if view.code in but:
+                raise
             if view.code == Code.SOURCE_UNREACHABLE:
                 self._reachable = False
             self._done.append(f"{failed}: {view.message}")
@@ -508,8 +533,8 @@ class MachineFailover:
     async def _release(self, holder: str) -> None:
         await run_step(
             s.RELEASE_HOLDS,
-            m.StoreCall(site=self._in.spec.target_site, machine=self._in.machine, holder=holder),
-            queue=self._in.spec.target_queue,
+            m.StoreCall(site=self._spec.target_site, machine=self._in.machine, holder=holder),
+            queue=self._spec.target_queue,
             summary=f"Releasing the held point: {self._in.machine}",
         )
 
@@ -534,13 +559,11 @@ class MachineFailover:
         return self._point
 
     def _source_call(self) -> m.SourceCall:
-        return m.SourceCall(
-            site=self._in.spec.source_site, machine=self._in.machine, source=self._in.spec.source
-        )
+        return m.SourceCall(site=self._spec.source_site, machine=self._in.machine, source=self._spec.source)
 
     def _owned(self, **other: Any) -> dict[str, Any]:
         return {
-            "site": self._in.spec.target_site,
+            "site": self._spec.target_site,
             "plan": self._in.plan,
             "run": self._in.run,
             "machine": self._in.machine,
@@ -564,7 +587,7 @@ class MachineFailover:
         return f"{doing[:1].upper()}{doing[1:]}: {self._in.machine}"
 
     def _show(self, error: ErrorView | None = None) -> None:
-        run, namespace = self._in.run, workflow.info().namespace
+        run, namespace = names.holder_id(self._in.run), workflow.info().namespace
         lines = [f"**Problem**: {plain(error.text(), 1000)}"] if error is not None else []
         lines += [f"✓ {plain(line)}" for line in self._done]
         lines.append(f"Part of {link(run, run, namespace)}; this text is of {clock(workflow.now())}")

@@ -99,7 +99,7 @@ class MachineProtection:
                 stop_after_first=initial or repairing,
                 force_full=repairing or self._s.force_full,
             ),
-            queue=spec.source_queue,
+            queue=names.legs_queue(spec.source_queue),
             summary=f"{what} of {spec.machine} to {spec.target_site}, every {spec.policy.interval:g} s",
         )
         self._leg = leg
@@ -188,7 +188,9 @@ class MachineProtection:
             operation=None if at_once else ask.operation,
             halted=False,
             force_full=self._s.force_full or at_once,
-            watcher=ask.run if ask.operation in (Operation.ENABLE, Operation.REPAIR) else self._s.watcher,
+            watcher=names.holder_id(ask.run)
+            if ask.operation in (Operation.ENABLE, Operation.REPAIR)
+            else self._s.watcher,
             fence=None
             if ask.operation in (Operation.PLANNED_FAILOVER, Operation.UNPLANNED_FAILOVER)
             else self._s.fence,
@@ -201,7 +203,8 @@ class MachineProtection:
             raise to_application_error(
                 FarshoreError(
                     Code.SCENARIO_IN_PROGRESS,
-                    f"{self._s.spec.machine} is held by the run {self._s.holder} ({self._s.operation}).",
+                    f"{self._s.spec.machine} is held by the run {names.holder_id(self._s.holder)} "
+                    f"({self._s.operation}).",
                     subject=self._s.spec.machine,
                     details={"holder": self._s.holder},
                 )
@@ -369,6 +372,9 @@ class MachineProtection:
 
     @workflow.update(description="Use other replication settings from the next leg on")
     def configure(self, spec: MachineSpec) -> MachineStatus:
+        known = self._s.spec.source
+        if "#" not in spec.source and known.rpartition("#")[0] == spec.source:
+            spec = spec.model_copy(update={"source": known})  # the same machine by name: its id is kept
         self._set(spec=spec)
         return self.status()
 
@@ -390,7 +396,8 @@ class MachineProtection:
             plan=st.spec.plan,
             state=st.state,
             allowed_operations=tuple(o.value for o in dm.allowed_operations(st.state, _CAPABILITIES)),
-            holder=st.holder,
+            holder=names.holder_id(st.holder),
+            source=st.spec.source,
             replicating=self._leg is not None,
             newest_point=st.newest_point,
             point_in_use=st.point_in_use,
@@ -407,11 +414,11 @@ class MachineProtection:
 
     def _must_hold(self, run: str) -> None:
         if self._s.holder != run:
-            held = f"held by {self._s.holder}" if self._s.holder else "held by no run"
+            held = f"held by {names.holder_id(self._s.holder)}" if self._s.holder else "held by no run"
             raise to_application_error(
                 FarshoreError(
                     Code.SCENARIO_IN_PROGRESS,
-                    f"{self._s.spec.machine} is {held}, not by {run}.",
+                    f"{self._s.spec.machine} is {held}, not by {names.holder_id(run)}.",
                     subject=self._s.spec.machine,
                     details={"holder": self._s.holder},
                 )
@@ -430,7 +437,9 @@ class MachineProtection:
         site = st.state.active_location.lower()
         lines = [f"**Problem**: {plain(st.error.text(), 1000)}"] if st.error is not None else []
         if st.holder:
-            lines.append(f"**Held by** {link(st.holder, st.holder, namespace)} ({st.operation})")
+            lines.append(
+                f"**Held by** {link(names.holder_id(st.holder), names.holder_id(st.holder), namespace)} ({st.operation})"
+            )
         if self._leg is not None:
             lines.append(
                 f"**Replicating** {plain(spec.source_site)} → {plain(spec.target_site)} every {spec.policy.interval:g} s. "

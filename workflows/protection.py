@@ -57,7 +57,7 @@ class Protection:
     @workflow.init
     def __init__(self, ask: ProtectionInput) -> None:
         self._ask = ask
-        self._id = workflow.info().workflow_id
+        self._holder = names.lock_holder(workflow.info().workflow_id, workflow.info().first_execution_run_id)
         self._started = workflow.now()
         self._phase = "loading the plan"
         self._notes: dict[str, str] = {}
@@ -170,7 +170,7 @@ class Protection:
         if main in _ENABLE_FROM:
             await self._enable(spec)
         elif main is MainState.INITIAL_REPLICATION_FAILED:
-            await self._update(spec, "begin", Begin(operation=Operation.REPAIR, run=self._id), "repair")
+            await self._update(spec, "begin", Begin(operation=Operation.REPAIR, run=self._holder), "repair")
         else:
             await self._update(spec, "configure", spec, "configure")
             return MachineResult(
@@ -197,7 +197,7 @@ class Protection:
         )
 
     async def _enable(self, spec: MachineSpec) -> None:
-        await self._update(spec, "begin", Begin(operation=Operation.ENABLE, run=self._id), "enable")
+        await self._update(spec, "begin", Begin(operation=Operation.ENABLE, run=self._holder), "enable")
         try:
             seen = await run_step(
                 s.ENABLE_TRACKING,
@@ -216,16 +216,22 @@ class Protection:
             await self._update(
                 spec,
                 "settle",
-                Settle(run=self._id, outcome=SettleOutcome.FAILURE, error=view),
+                Settle(run=self._holder, outcome=SettleOutcome.FAILURE, error=view),
                 "enable failed",
             )
             raise
-        await self._update(spec, "settle", Settle(run=self._id, outcome=SettleOutcome.SUCCESS), "enabled")
+        # From now on it is this machine, whatever machine may carry its name one day.
+        known = spec.model_copy(update={"source": f"{spec.source}#{seen.id}"}) if seen.id else spec
+        await self._update(spec, "configure", known, "configure")
+        await self._update(spec, "settle", Settle(run=self._holder, outcome=SettleOutcome.SUCCESS), "enabled")
 
     async def _disable(self, spec: MachineSpec) -> MachineResult:
         self._note(spec.machine, "stopping replication")
-        await self._update(spec, "begin", Begin(operation=Operation.DISABLE, run=self._id), "disable")
+        status = await self._update(
+            spec, "begin", Begin(operation=Operation.DISABLE, run=self._holder), "disable"
+        )
         try:
+            note = await self._reap(spec, status.source or spec.source)
             self._note(spec.machine, "deleting the replica and its points")
             await run_step(
                 s.REMOVE_REPLICA,
@@ -238,14 +244,30 @@ class Protection:
             await self._update(
                 spec,
                 "settle",
-                Settle(run=self._id, outcome=SettleOutcome.FAILURE, error=view),
+                Settle(run=self._holder, outcome=SettleOutcome.FAILURE, error=view),
                 "disable failed",
             )
             raise
-        await self._update(spec, "settle", Settle(run=self._id, outcome=SettleOutcome.SUCCESS), "disabled")
-        return MachineResult(
-            machine=spec.machine, outcome=Outcome.SUCCEEDED, state=MainState.UNPROTECTED.value
+        await self._update(
+            spec, "settle", Settle(run=self._holder, outcome=SettleOutcome.SUCCESS), "disabled"
         )
+        return MachineResult(
+            machine=spec.machine, outcome=Outcome.SUCCEEDED, state=MainState.UNPROTECTED.value, note=note
+        )
+
+    async def _reap(self, spec: MachineSpec, source: str) -> str:
+        """No leg comes any more: snapshots that the last one may have left must not grow for ever."""
+        try:
+            gone = await run_step(
+                s.REAP_SOURCE,
+                m.SourceCall(site=spec.source_site, machine=spec.machine, source=source),
+                queue=spec.source_queue,
+                summary=f"Remove Farshore's snapshots of {spec.machine}",
+                rules=s.SOURCE_BEST_EFFORT,
+            )
+        except ActivityError as error:
+            return f"its source could not be asked for left-over snapshots: {error_view(error).message}"
+        return f"{len(gone.ids)} left-over snapshots removed at the source" if gone.ids else ""
 
     async def _update(
         self, spec: MachineSpec, update: str, payload: BaseModel, purpose: str
@@ -256,7 +278,7 @@ class Protection:
                 machine=spec.machine,
                 update=update,
                 payload=payload.model_dump(mode="json"),
-                update_id=f"{self._id} {workflow.info().run_id} {purpose}"[:200],
+                update_id=f"{self._holder} {workflow.info().run_id} {purpose}"[:200],
             ),
             queue=names.CONTROL_QUEUE,
             summary=f"{_RECORDS.get(purpose, f'Record: {purpose}')}: {spec.machine}",

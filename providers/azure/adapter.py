@@ -134,6 +134,7 @@ class AzureSite:
         run: str = "",
         machine: str = "",
         except_run: str = "",
+        run_level: bool = False,
     ) -> Removal:
         """As the port says; with purpose `failover` at least one of plan, run and machine has to be given."""
         return await self._call(
@@ -144,6 +145,7 @@ class AzureSite:
                 run=run,
                 machine=machine,
                 except_run=except_run,
+                run_level=run_level,
             )
         )
 

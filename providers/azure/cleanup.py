@@ -61,13 +61,26 @@ class Cleanup:
         self._locks = locks
 
     async def find(
-        self, *, purpose: Purpose, plan: str = "", run: str = "", machine: str = "", except_run: str = ""
+        self,
+        *,
+        purpose: Purpose,
+        plan: str = "",
+        run: str = "",
+        machine: str = "",
+        except_run: str = "",
+        run_level: bool = False,
     ) -> list[Found]:
         """What carries our tags and matches, in the order of deletion."""
 
         def ours(tags: Mapping[str, str]) -> bool:
             return names.matches(
-                tags, purpose=purpose, plan=plan, run=run, machine=machine, except_run=except_run
+                tags,
+                purpose=purpose,
+                plan=plan,
+                run=run,
+                machine=machine,
+                except_run=except_run,
+                run_level=run_level,
             )
 
         rg, compute, network = self._settings.resource_group, self._clients.compute, self._clients.network
@@ -110,6 +123,7 @@ class Cleanup:
         run: str = "",
         machine: str = "",
         except_run: str = "",
+        run_level: bool = False,
     ) -> Removal:
         """Delete all of it. Raises only where nothing can be listed, or when asked for too much."""
         if purpose is Purpose.FAILOVER and not (plan or run or machine):
@@ -118,7 +132,9 @@ class Cleanup:
                 "Removing what failovers made needs a plan, a run or a machine: all of a site at once is never meant.",
             )
         checkpoint({"step": "find"})
-        found = await self.find(purpose=purpose, plan=plan, run=run, machine=machine, except_run=except_run)
+        found = await self.find(
+            purpose=purpose, plan=plan, run=run, machine=machine, except_run=except_run, run_level=run_level
+        )
         tally = _Tally()
         gate = asyncio.Semaphore(self._settings.removal_parallel)
         until = time.monotonic() + self._settings.removal_patience

@@ -114,12 +114,16 @@ def matches(
     run: str = "",
     machine: str = "",
     except_run: str = "",
+    run_level: bool = False,
 ) -> bool:
-    """True when Farshore made it, with this purpose, and every argument that isn't empty agrees."""
+    """True when Farshore made it, with this purpose, and every argument that isn't empty agrees. `run_level`: only what
+    belongs to a run as a whole and to no machine."""
     seen = _folded(found)
     if seen.get(PURPOSE) != purpose.value or not seen.get(RUN) or not seen.get(PLAN):
         return False
     if except_run and seen[RUN] == tag_value(except_run):
+        return False
+    if run_level and seen.get(MACHINE):
         return False
     wanted = {PLAN: plan, RUN: run, MACHINE: machine}
     return all(seen.get(name, "") == tag_value(value) for name, value in wanted.items() if value)

@@ -144,10 +144,13 @@ class Readiness:
             self._clients.network.network_interfaces.list(self._settings.resource_group), "network interfaces"
         )
         return {
-            (names.read_tag(tags_of(row), names.MACHINE), str(config.private_ip_address))
+            (
+                names.read_tag(tags_of(row), names.MACHINE),
+                str(config.properties.private_ip_address if config.properties else ""),
+            )
             for row in rows
             if names.matches(tags_of(row), purpose=purpose)
-            for config in row.ip_configurations or []
+            for config in ((row.properties.ip_configurations if row.properties is not None else None) or [])
         }
 
     async def _check_address(

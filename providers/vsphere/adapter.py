@@ -26,7 +26,7 @@ from farshore.providers.vsphere.client import Client, Tick, no_tick
 from farshore.providers.vsphere.errors import NETWORK_ERRORS, classify, vim, vmodl
 from farshore.providers.vsphere.folder import Folder
 from farshore.providers.vsphere.inventory import Inventory
-from farshore.providers.vsphere.machine import PREFIX, Machine
+from farshore.providers.vsphere.machine import ENABLING, Machine
 from farshore.providers.vsphere.settings import VSphereSettings
 from farshore.providers.vsphere.snapshots import Snapshots
 from farshore.providers.vsphere.source import VSphereSource, read_descriptor
@@ -40,7 +40,10 @@ class _Stopped(Exception):
 
 
 class VSphereSite:
-    """One vCenter. One session for all its machines; thread-safe; connects when first used."""
+    """One vCenter. One session for all its machines; thread-safe; connects when first used.
+
+    Every `source` may carry the machine's instance UUID, `name#uuid`: see `SourceSite`.
+    """
 
     def __init__(self, settings: VSphereSettings) -> None:
         self._settings = settings
@@ -83,7 +86,12 @@ class VSphereSite:
         await self._threaded(self._power_on, source)
 
     def open_source(self, machine: str, source: str) -> VSphereSource:
-        """See `SourceSite.open_source`. Connects at the first cut."""
+        """See `SourceSite.open_source`. Connects at the first cut.
+
+        A cut and a release wait for vSphere's tasks and cannot be called off: at most `snapshot_timeout`,
+        `removal_timeout` and `settle_timeout` of the settings. A task that was begun is better waited for than left to
+        the next cycle.
+        """
         return VSphereSource(
             self._client,
             self._inventory,
@@ -92,6 +100,10 @@ class VSphereSite:
             source=source,
             datastore_types=self._datastore_types,
         )
+
+    async def reap(self, source: str) -> list[str]:
+        """See `SourceSite.reap`. Snapshots that people took stay."""
+        return await self._threaded(self._reap, source)
 
     async def close(self) -> None:
         """Log out and close all connections. Idempotent."""
@@ -131,7 +143,7 @@ class VSphereSite:
         if machine.tracking and self._tracked(machine):
             return  # also while a cycle runs: its snapshot is not touched
         snapshots = Snapshots(self._client, machine.entry)
-        if any(s.name.startswith(PREFIX) for s in machine.snapshots):
+        if any(s.ours for s in machine.snapshots):
             snapshots.clear()
             machine = machines.read(self._client, machine.entry, doing="switching change tracking on")
         self._refuse_ineligible(machine)
@@ -144,11 +156,10 @@ class VSphereSite:
             )
             machine = machines.read(self._client, machine.entry, doing="switching change tracking on")
         if machine.power is not Power.OFF and not self._tracked(machine):
-            name = f"{PREFIX}enable-tracking"
             node = snapshots.create(
-                name, "Farshore switches change tracking on; removed at once.", quiesce=False
+                ENABLING, "Farshore switches change tracking on; removed at once.", quiesce=False
             )
-            snapshots.remove(node.reference, name)
+            snapshots.remove(node.reference, ENABLING)
 
     def _shut_down(self, source: str, *, guest_timeout: float, force: bool, tick: Tick) -> Shutdown:
         machine = self._read(source, "shutting the machine down")
@@ -232,6 +243,9 @@ class VSphereSite:
         machine = self._read(source, "powering on")
         if machine.power is not Power.ON:
             self._task(machine, "powering on", machine.entry.reference.PowerOnVM_Task, done=Power.ON)
+
+    def _reap(self, source: str) -> list[str]:
+        return Snapshots(self._client, self._inventory.find(source)).clear()
 
     # -- pieces --------------------------------------------------------------------------------------------------
 

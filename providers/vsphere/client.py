@@ -35,6 +35,24 @@ _BROKEN_KEEPALIVE = (RemoteDisconnected, ConnectionResetError, BrokenPipeError, 
 log = logging.getLogger(__name__)
 
 
+class _SessionStub(SoapStubAdapter):
+    """Keeps the cookie of its login. pyVmomi takes the cookie of every answer, so that a late answer to a request of the
+    old session, which brings a new, unauthenticated one, would put every thread out of the new session."""
+
+    _adopted = ""
+
+    @property
+    def cookie(self) -> str:
+        return self._adopted
+
+    @cookie.setter
+    def cookie(self, value: str) -> None:
+        """What answers bring is not taken."""
+
+    def adopt(self, cookie: str) -> None:
+        self._adopted = cookie
+
+
 def no_tick(_: Mapping[str, Any]) -> None:
     """For callers that have nobody to tell."""
 
@@ -45,18 +63,7 @@ class Client:
     def __init__(self, settings: VSphereSettings) -> None:
         self.settings = settings
         self.tls = tls_context(settings)
-        # Only the classes of pyVmomi that speak TLS are replaced; its pool, codec and deserializer are used.
-        stub = SoapStubAdapter(
-            host=settings.host,
-            port=settings.port,
-            version=API_VERSION,
-            sslContext=self.tls,
-            poolSize=settings.max_connections + 2,
-            connectionPoolTimeout=30,
-        )
-        stub.scheme = PinnedConnection
-        stub.schemeArgs = {"settings": settings, "context": self.tls}
-        self._stub: Any = stub
+        self._stub: Any = self._connect(_SessionStub, settings.max_connections + 2)
         self._lock = threading.Lock()
         self._generation = 0  # number of logins; 0: never logged in
         self._content: Any = None
@@ -66,6 +73,20 @@ class Client:
         self._refused_at = 0.0
         self._closed = threading.Event()
         self._keeper: threading.Thread | None = None
+
+    def _connect(self, kind: Any, connections: int) -> Any:
+        """A stub. Only the classes of pyVmomi that speak TLS are replaced; its pool, codec and deserializer are used."""
+        stub = kind(
+            host=self.settings.host,
+            port=self.settings.port,
+            version=API_VERSION,
+            sslContext=self.tls,
+            poolSize=connections,
+            connectionPoolTimeout=30,
+        )
+        stub.scheme = PinnedConnection
+        stub.schemeArgs = {"settings": self.settings, "context": self.tls}
+        return stub
 
     # -- session -------------------------------------------------------------------------------------------------
 
@@ -102,17 +123,21 @@ class Client:
             if self._refused is not None and time.monotonic() - self._refused_at < 10:
                 raise self._refused
             where = f"logging in at {self.settings.host}:{self.settings.port} as {self.settings.user}"
+            private = self._connect(SoapStubAdapter, 1)  # what other threads hear meanwhile is not for us
             try:
-                self._stub.cookie = ""
                 content = self._repeat_once(
                     vim.ServiceInstance("ServiceInstance", self._stub).RetrieveContent
                 )
-                content.sessionManager.Login(self.settings.user, self.settings.password, None)
+                manager = vim.SessionManager(content.sessionManager._GetMoId(), private)
+                manager.Login(self.settings.user, self.settings.password, None)
             except (vmodl.MethodFault, *NETWORK_ERRORS) as exc:
                 error = classify(exc, doing=where, subject=self.settings.host)
                 if isinstance(exc, vim.fault.InvalidLogin):  # repeated refusals lock accounts
                     self._refused, self._refused_at = error, time.monotonic()
                 raise error from exc
+            finally:
+                private.DropConnections()
+            self._stub.adopt(private.cookie)
             self._content = content
             self._generation += 1
             if self._keeper is None:

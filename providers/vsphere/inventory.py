@@ -6,9 +6,10 @@ machine itself before it is used, because names move.
 
 from __future__ import annotations
 
+import re
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 from urllib.parse import unquote
@@ -18,6 +19,7 @@ from farshore.providers.vsphere.client import Client
 from farshore.providers.vsphere.errors import vim
 
 FRESH = 60.0  # seconds for which a bulk read answers questions
+_PINNED = re.compile(r"(.*)#([0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12})", re.IGNORECASE | re.DOTALL)
 _MACHINE_PATHS = ("name", "parent", "parentVApp", "config.uuid", "config.instanceUuid", "config.template")
 
 
@@ -58,12 +60,17 @@ class Inventory:
         self._read_at = float("-inf")
 
     def find(self, source: str) -> Entry:
-        """The one machine that `source` means. SourceMachineNotFound when there is none, or more than one."""
-        known = self._known(FRESH)
-        matches = [entry for entry in known if entry.means(source)]
+        """The one machine that `source` means. SourceMachineNotFound when there is none, or more than one.
+
+        `name#uuid` means the machine of this instance UUID, also under a new name; it is an error when another machine
+        has the name now.
+        """
+        name, pin = split_pin(source)
+        matches = _meant(self._known(FRESH), name, pin)
         if len(matches) == 1 and self._still(matches[0], source):
             return matches[0]
-        matches = [entry for entry in self._known(0.0) if entry.means(source)]
+        known = self._known(0.0)
+        matches = _meant(known, name, pin)
         exact = [entry for entry in matches if source.strip().lower() == entry.instance_uuid]
         if exact:
             matches = exact
@@ -71,6 +78,8 @@ class Inventory:
             return matches[0]
         host = self._client.settings.host
         where = f"vCenter {host}" + (f", datacenter {self._datacenter}" if self._datacenter else "")
+        if pin and not matches:
+            raise _lost(where, name, pin, [entry for entry in known if entry.means(name)])
         if not matches:
             raise FarshoreError(
                 Code.SOURCE_MACHINE_NOT_FOUND, f"{where} has no machine {source!r}.", subject=source
@@ -146,6 +155,38 @@ class Inventory:
                 )
             )
         return entries
+
+
+def split_pin(source: str) -> tuple[str, str]:
+    """Name and instance UUID, in lower case, of `name#uuid`; ("…", "") for all other sources."""
+    match = _PINNED.fullmatch(source.strip())
+    return (match[1], match[2].lower()) if match else (source, "")
+
+
+def _meant(known: Sequence[Entry], name: str, pin: str) -> list[Entry]:
+    """Which machines a source means."""
+    if not pin:
+        return [entry for entry in known if entry.means(name)]
+    pinned = [entry for entry in known if entry.instance_uuid == pin]
+    if not any(entry.means(name) for entry in pinned) and any(entry.means(name) for entry in known):
+        return []
+    return pinned
+
+
+def _lost(where: str, name: str, pin: str, others: Sequence[Entry]) -> FarshoreError:
+    """A pinned machine that is not there, or whose name another one has."""
+    if others:
+        paths = ", ".join(f"/{entry.path} (instance UUID {entry.instance_uuid})" for entry in others)
+        text = f"another machine has this name now: {paths}"
+    else:
+        text = "the machine with this id is gone"
+    return FarshoreError(
+        Code.SOURCE_MACHINE_NOT_FOUND,
+        f"{where} no longer has {name!r} with instance UUID {pin}: {text}.",
+        subject=name,
+        causes=("The machine was deleted, restored or replaced by another one.",),
+        action="Protect the new machine anew if it is the one that is meant; else give the name back.",
+    )
 
 
 def _climb(reference: Any, nodes: Mapping[str, tuple[Any, Mapping[str, Any]]], root: str) -> tuple[str, str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -13,6 +14,9 @@ from farshore.providers.vsphere.errors import vim
 from farshore.providers.vsphere.inventory import Entry
 
 PREFIX = "farshore-"  # of every snapshot of ours
+ENABLING = f"{PREFIX}enable-tracking"  # the one snapshot that is of no cycle
+SIGNATURE = "Farshore "  # what the description of every snapshot of ours begins with
+_NAME = re.compile(rf"{re.escape(PREFIX)}.+-(\d+)-(\d+)")
 PATHS = (
     "name",
     "config.template",
@@ -38,17 +42,30 @@ PATHS = (
 _POWER = {"poweredOn": Power.ON, "poweredOff": Power.OFF, "suspended": Power.SUSPENDED}
 
 
+def epoch_of(name: str) -> int | None:
+    """The epoch in `farshore-<machine>-<epoch>-<cycle>`; None for all other names."""
+    match = _NAME.fullmatch(name)
+    return int(match[1]) if match else None
+
+
 @dataclass(frozen=True, slots=True)
 class SnapshotEntry:
     """A node of the snapshot tree."""
 
     reference: Any
     name: str
+    description: str
     number: int  # grows with every snapshot of the machine
     created: datetime  # by the server's clock
     quiesced: bool
     depth: int
     children: int
+
+    @property
+    def ours(self) -> bool:
+        """Whether Farshore took it and may remove it. A person may choose a name like ours: both marks must be there."""
+        named = self.name == ENABLING or epoch_of(self.name) is not None
+        return named and self.description.startswith(SIGNATURE)
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,7 +131,7 @@ class Machine:
 
     @property
     def foreign_snapshots(self) -> list[SnapshotEntry]:
-        return [s for s in self.snapshots if not s.name.startswith(PREFIX)]
+        return [s for s in self.snapshots if not s.ours]
 
     def nics(self, networks: Mapping[str, str]) -> tuple[SourceNic, ...]:
         """Network adapters with the addresses that the guest reports (nothing when tools are not running).
@@ -198,6 +215,7 @@ def _walk(nodes: Any, depth: int) -> Iterator[SnapshotEntry]:
         yield SnapshotEntry(
             node.snapshot,
             str(node.name),
+            str(node.description or ""),
             int(node.id),
             utc(node.createTime),
             bool(node.quiesced),

@@ -7,7 +7,6 @@ tree), never guessed.
 from __future__ import annotations
 
 import logging
-import re
 from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
 from typing import Any
@@ -17,12 +16,11 @@ from farshore.providers.vsphere import machine as machines
 from farshore.providers.vsphere.client import Client, Tick, no_tick
 from farshore.providers.vsphere.errors import NETWORK_ERRORS, classify, vim, vmodl
 from farshore.providers.vsphere.inventory import Entry
-from farshore.providers.vsphere.machine import PREFIX, SnapshotEntry, utc
+from farshore.providers.vsphere.machine import SIGNATURE, SnapshotEntry, epoch_of, utc
 
 CREATE = "createsnapshot"  # part of Task.info.descriptionId, lower case
 DISK_TASKS = ("snapshot", "consolidate")  # parts of descriptionIds of tasks that change the chain of links
 TRIES = 3
-_NAME = re.compile(rf"^{re.escape(PREFIX)}.+-(\d+)-(\d+)$")
 
 # A quiesced snapshot that failed with one of these would fail without quiescing as well.
 _NOT_QUIESCING = (
@@ -36,12 +34,6 @@ _NOT_QUIESCING = (
 )
 
 log = logging.getLogger(__name__)
-
-
-def epoch_of(name: str) -> int | None:
-    """The epoch in `farshore-<machine>-<epoch>-<cycle>`; None for other names of ours."""
-    match = _NAME.match(name)
-    return int(match[1]) if match else None
 
 
 class Snapshots:
@@ -75,21 +67,26 @@ class Snapshots:
                     raise
 
     def clear(self, own: str = "") -> list[str]:
-        """Remove snapshots of ours that a predecessor left; returns their names.
+        """Remove snapshots of ours that a predecessor left; returns their names. Those of people stay.
 
         With `own` (the name of the snapshot to come), one of a higher epoch is another, newer writer's, who works
-        now: SourceBusy, and nothing is touched.
+        now: SourceBusy, and nothing is touched. Without, the caller knows that nobody replicates the machine.
         """
         self.settle()
-        stale = [s for s in self.tree() if s.name.startswith(PREFIX)]
+        stale = [s for s in self.tree() if s.ours]
         mine = epoch_of(own)
         for snapshot in stale:
             epoch = epoch_of(snapshot.name)
             if mine is not None and epoch is not None and epoch > mine:
                 raise FarshoreError(
                     Code.SOURCE_BUSY,
-                    f"A newer writer holds {self._entry.name} with snapshot {snapshot.name}; {own} is not taken.",
+                    f"A newer writer holds {self._entry.name} with snapshot {snapshot.name}; {own} has no right to it.",
                     subject=self._entry.name,
+                    causes=(
+                        "Another worker took the replication over.",
+                        "A former protection left the snapshot.",
+                    ),
+                    action="None needed in the first case. In the second, delete the snapshot in vSphere.",
                 )
         for snapshot in reversed(stale):  # children first
             self.remove(snapshot.reference, snapshot.name)
@@ -98,8 +95,11 @@ class Snapshots:
     def create(self, name: str, description: str, *, quiesce: bool) -> SnapshotEntry:
         """Take a snapshot without memory. With `quiesce`, one without follows if quiescing fails; the entry tells.
 
-        The caller made sure that no snapshot of this name existed.
+        The caller made sure that no snapshot of this name existed. ValueError when the description lacks our signature:
+        nobody could tell then that the snapshot is ours.
         """
+        if not description.startswith(SIGNATURE):
+            raise ValueError(f"the description of snapshot {name!r} does not begin with {SIGNATURE!r}")
         if quiesce:
             try:
                 return self._create(name, description, quiesce=True)
@@ -226,7 +226,7 @@ class Snapshots:
         ) from lost
 
     def _find(self, name: str) -> SnapshotEntry | None:
-        found = [s for s in self.tree() if s.name == name]
+        found = [s for s in self.tree() if s.name == name and s.ours]
         return found[-1] if found else None
 
     def _running(self, parts: Sequence[str]) -> list[Any]:

@@ -11,7 +11,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
 from farshore.domain.errors import Code, FarshoreError
@@ -23,11 +23,12 @@ from farshore.providers.vsphere.client import Client, Tick, no_tick
 from farshore.providers.vsphere.errors import fault_text, vim, vmodl
 from farshore.providers.vsphere.folder import Folder, Place
 from farshore.providers.vsphere.inventory import Entry, Inventory
-from farshore.providers.vsphere.machine import PREFIX, Machine, SnapshotEntry
+from farshore.providers.vsphere.machine import Machine, SnapshotEntry, epoch_of
 from farshore.providers.vsphere.snapshots import Snapshots, best_effort
 from farshore.replication.ports import DiskState, Extent, FullCopyNeeded
 
 EVENTS = 1000  # the most that one question to the event log answers
+CLOCKS_APART = timedelta(minutes=5)  # a snapshot's time is its host's, that of tasks and events is vCenter's
 
 log = logging.getLogger(__name__)
 
@@ -69,8 +70,8 @@ class VSphereSource:
 
         SourceNotEligible names disk and reason; SnapshotFailed, SourceBusy, SourceUnreachable, AccessDenied.
         """
-        if not name.startswith(PREFIX):
-            raise ValueError(f"snapshot name {name!r} does not begin with {PREFIX!r}")
+        if epoch_of(name) is None:
+            raise ValueError(f"snapshot name {name!r} is not farshore-<machine>-<epoch>-<cycle>")
         entry = self._inventory.find(self._source)
         snapshots = Snapshots(self._client, entry, tick=self._tick)
         snapshots.clear(name)
@@ -85,6 +86,7 @@ class VSphereSource:
             name, f"Farshore replicates {self._name}; removed by itself.", quiesce=quiesce
         )
         try:
+            off = self._still_off(machine)
             taken = self._taken_at(node, asked)
             disks = self._freeze(machine, node)
         except BaseException:  # also a cancel: the snapshot must not stay
@@ -98,12 +100,13 @@ class VSphereSource:
             node=node,
             taken_at=taken,
             consistency=_achieved(node, machine),
+            powered_off=off,
             disks=disks,
         )
 
-    def reap(self) -> list[str]:
-        """Remove all snapshots with our prefix from this machine; returns their names."""
-        return Snapshots(self._client, self._inventory.find(self._source), tick=self._tick).clear()
+    def reap(self, upto: str = "") -> list[str]:
+        """Remove the snapshots of ours from this machine; returns their names. SourceBusy: see `Source.reap`."""
+        return Snapshots(self._client, self._inventory.find(self._source), tick=self._tick).clear(upto)
 
     def close(self) -> None:
         """Nothing is held: the session belongs to the site."""
@@ -133,6 +136,23 @@ class VSphereSource:
                 Code.SOURCE_BUSY, f"The disks of {name} need consolidation, which did not work.", subject=name
             )
 
+    def _still_off(self, before: Machine) -> bool:
+        """Whether the machine was off at the cut: it was so just before it, and is so after it.
+
+        The tree's own `state` does not tell: it is what a revert would lead to, so a snapshot without memory of a running
+        machine says "poweredOff". A host that vCenter has lost proves nothing.
+        """
+        if before.power is not Power.OFF or not before.connected:
+            return False
+        paths = ("runtime.powerState", "runtime.connectionState")
+        now = Machine(
+            before.entry,
+            self._client.read(
+                before.entry.reference, paths, doing="looking whether it is off", subject=before.name
+            ),
+        )
+        return now.power is Power.OFF and now.connected
+
     def _freeze(self, machine: Machine, node: SnapshotEntry) -> dict[str, _Disk]:
         values = self._client.read(
             node.reference, ("config.hardware",), doing="reading the frozen disks", subject=machine.name
@@ -147,7 +167,18 @@ class VSphereSource:
             where = f"{machines.label(device)} ({device.backing.fileName}) of {machine.name}"
             reason = verdict.reason
             if not reason and device.backing.parent is not None:
-                reason = "its frozen link lies on top of another one (a snapshot or an unfinished consolidation below)"
+                # What stood above it is removed with our snapshot, and the next cut begins with a consolidation.
+                raise FarshoreError(
+                    Code.SOURCE_NOT_ELIGIBLE,
+                    f"{where} cannot be replicated now: its frozen link lies on top of another one.",
+                    subject=machine.name,
+                    causes=(
+                        "A consolidation is unfinished, for instance after a snapshot whose creation was lost.",
+                        "Somebody took a snapshot in the same moment.",
+                    ),
+                    retryable=True,
+                    retry_after=30.0,
+                )
             extents: tuple[descriptor.FlatExtent, ...] = ()
             if not reason:
                 try:
@@ -203,12 +234,14 @@ class VSphereCut:
         node: SnapshotEntry,
         taken_at: datetime,
         consistency: Consistency,
+        powered_off: bool,
         disks: dict[str, _Disk],
     ) -> None:
         self._client, self._folder, self._snapshots = client, folder, snapshots
         self._entry, self._node = entry, node
         self._snapshot: Any = client.bind(node.reference)
         self._taken_at, self._consistency = taken_at, consistency
+        self._powered_off = powered_off
         self._disks = disks
         self._released = False
         self._release_lock = threading.Lock()
@@ -226,6 +259,11 @@ class VSphereCut:
     @property
     def consistency(self) -> Consistency:
         return self._consistency
+
+    @property
+    def powered_off(self) -> bool:
+        """Read from vCenter on both sides of the snapshot's creation. See `SourceCut.powered_off`."""
+        return self._powered_off
 
     @property
     def disks(self) -> Sequence[DiskState]:
@@ -250,12 +288,13 @@ class VSphereCut:
         """That the machine was reverted after the cut of `since`, and when; "" when it was not.
 
         What a revert does to change ids is not documented, so it means a full comparison. The machine's recent tasks
-        (about ten minutes) and the event log are asked, both by the server's clock.
+        (about ten minutes) and the event log are asked, from a little before the cut on because two clocks are compared;
+        a revert just before the cut costs comparisons that were not needed, one that was missed would cost bytes.
         """
         _, begin = parse_tracker(since.tracker or "")
         if begin is None:
             return f"the last point of {since.label} does not say when it was taken"
-        history = self._snapshots.history(begin)
+        history = self._snapshots.history(begin - CLOCKS_APART)
         for moment, kind in history:
             if "revert" in kind.lower():
                 return f"the machine was reverted to a snapshot at {moment:%Y-%m-%d %H:%M:%S} UTC"

@@ -37,7 +37,7 @@ FLAGS = [
     "--disable-quic",
 ]
 SIZE = ViewportSize(width=1440, height=1000)
-STEP = 60_000.0  # ms for one thing to appear: generous, for machines that do much else
+STEP = 120_000.0  # ms for one thing to appear: generous, for machines that do much else
 RUN = 400_000.0  # ms for the slow halves of a failover
 
 pytestmark = [
@@ -51,6 +51,7 @@ pytestmark = [
 
 @pytest.fixture(scope="module")
 def chromium() -> Iterator[Browser]:
+    expect.set_options(timeout=STEP)
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
         try:
@@ -79,7 +80,7 @@ class Person:
 
     def open(self, run: str) -> None:
         self.page.goto(f"{self.ui}/{quote(run, safe='')}")
-        expect(self.page.get_by_role("heading", level=1, name=run)).to_be_visible(timeout=STEP)
+        expect(self.page.get_by_role("heading", level=1, name=run)).to_be_visible()
 
     def find(self, query: str) -> None:
         self.page.goto(f"{self.ui}?query={quote(query, safe='')}")
@@ -104,17 +105,17 @@ class Person:
         """Typed as the editor lays it out when it loses the focus: else what lies below would move under the mouse."""
         where.locator(".cm-content:visible").first.click()
         self.page.keyboard.insert_text(json.dumps(value, indent=2))
-        expect(where.locator(".cm-line:visible").last).to_have_text("}", timeout=STEP)
+        expect(where.locator(".cm-line:visible").last).to_have_text("}")
 
     def start(self, run: str, ask: object) -> None:
         """The start form, prefilled by its address; afterwards the run's page."""
         self.page.goto(
             f"{self.ui}/start-workflow?workflowId={quote(run, safe='')}&taskQueue=farshore&workflowType=Failover"
         )
-        expect(self.page.get_by_text("Task Queue is Active")).to_be_visible(timeout=STEP)
+        expect(self.page.get_by_text("Task Queue is Active")).to_be_visible()
         self.type_json(self.page.locator("main"), ask)
         self.page.get_by_test_id("start-workflow-button").click()
-        expect(self.page.get_by_text("Workflow started successfully").first).to_be_attached(timeout=STEP)
+        expect(self.page.get_by_text("Workflow started successfully").first).to_be_attached()
         self.open(run)
 
     def send_decide(self, payload: object) -> Locator:
@@ -156,7 +157,7 @@ def test_a_person_fails_a_plan_over_in_the_web_ui(chromium: Browser, make_stack)
         "Group application: crm-app01",
         "Group web: crm-web01",
     ):
-        expect(me.timeline(label)).to_be_visible(timeout=STEP)
+        expect(me.timeline(label)).to_be_visible()
 
     # it waits for a person: on the timeline without a reload, and first thing in the details
     expect(me.timeline("Waiting for a person: Check the database")).to_be_visible(timeout=RUN)
@@ -169,38 +170,38 @@ def test_a_person_fails_a_plan_over_in_the_web_ui(chromium: Browser, make_stack)
     machine = text.locator("li", has=text.get_by_role("link", name="crm-db01"))
     expect(machine).to_contain_text("starting machines ✓ — runs since")
     expect(text.get_by_text("crm-app01: making disks ✓ — 1 disk made")).to_be_visible()
-    me.picture("run-waiting.png", 1180)
+    me.picture("run-waiting.png", 1240)
     answer = json.loads(text.locator("pre").inner_text())  # what a person would copy
 
     # from there to the machine's own page
     with me.page.context.expect_page() as opened:
         text.get_by_role("link", name="crm-app01").click()
     child = opened.value
-    expect(child.get_by_role("heading", level=1, name=f"{run}/crm-app01")).to_be_visible(timeout=STEP)
+    expect(child.get_by_role("heading", level=1, name=f"{run}/crm-app01")).to_be_visible()
     for label in ("Shutting down the source machine: crm-app01", "Making disk disk0 (12 MiB): crm-app01"):
         row = child.get_by_role("button", name=re.compile("^Event ")).filter(has_text=label)
-        expect(row).to_be_visible(timeout=STEP)
+        expect(row).to_be_visible()
     child.close()
 
     # a wrong answer is refused in words and changes nothing; the right one is taken
     dialog = me.send_decide(answer | {"action": "no-such-action", "by": "alice"})
-    expect(dialog).to_contain_text("'no-such-action' is not pending", timeout=STEP)
+    expect(dialog).to_contain_text("'no-such-action' is not pending")
     expect(dialog).to_contain_text("this run waits for check-the-database")
-    dialog.get_by_role("button", name="Cancel").click()
+    dialog.get_by_test_id("cancel-modal-button").click()
     expect(dialog).to_be_hidden()
     me.open(run)
     me.status("Running")
     dialog = me.send_decide(answer | {"by": "alice", "observation": "it answers"})
-    expect(dialog).to_be_hidden(timeout=STEP)
+    expect(dialog).to_be_hidden()
 
     # finished, seen without a reload, with its result
     me.status("Completed", timeout=RUN)
     result = me.page.get_by_role("textbox", name="Result")
-    expect(result).to_contain_text('"status": "Succeeded"', timeout=STEP)
+    expect(result).to_contain_text('"status": "Succeeded"')
     me.open(run)
-    expect(me.timeline("Run mark.sh")).to_be_visible(timeout=STEP)
+    expect(me.timeline("Run mark.sh")).to_be_visible()
     me.picture("run-finished-timeline.png", 1750)
-    expect(me.details().get_by_text("ended: Succeeded").first).to_be_visible(timeout=STEP)
+    expect(me.details().get_by_text("ended: Succeeded").first).to_be_visible()
 
     # the machine's lasting page: state, what is allowed, at a glance
     me.open("machine/crm-db01")
@@ -211,10 +212,10 @@ def test_a_person_fails_a_plan_over_in_the_web_ui(chromium: Browser, make_stack)
     # the list, by search attributes
     me.find('FarshorePlan="crm" AND FarshoreKind="planned"')
     for id in (run, f"{run}/group/data", f"{run}/crm-db01"):
-        expect(me.page.get_by_role("link", name=id, exact=True)).to_be_visible(timeout=STEP)
+        expect(me.page.get_by_role("link", name=id, exact=True)).to_be_visible()
     expect(me.page.get_by_role("link", name="machine/crm-db01", exact=True)).to_have_count(0)
     me.find('FarshorePlan="crm" AND FarshoreState="PlannedCommitPending"')
-    expect(me.page.get_by_role("link", name="machine/crm-db01", exact=True)).to_be_visible(timeout=STEP)
+    expect(me.page.get_by_role("link", name="machine/crm-db01", exact=True)).to_be_visible()
     assert me.errors == []
 
 
@@ -228,7 +229,7 @@ def test_a_wrong_start_ends_at_once_in_words_on_the_page(chromium: Browser, make
     for run, (ask, words) in wrong.items():
         me.start(run, ask)
         me.status("Failed")
-        expect(me.page.get_by_role("textbox", name="Result")).to_contain_text(words, timeout=STEP)
+        expect(me.page.get_by_role("textbox", name="Result")).to_contain_text(words)
         shown = me.page.locator("main").inner_text()
         assert "Traceback" not in shown
         assert 'File "' not in shown

@@ -211,6 +211,10 @@ class Through:
         return call
 
 
+def epoch_in(name: str) -> int:
+    return int(name.rsplit("-", 2)[1])
+
+
 START = datetime(2026, 1, 1, tzinfo=UTC)
 
 
@@ -233,6 +237,7 @@ class ModelCut:
         self.name = name
         self.taken_at = source.tick()
         self.consistency = want
+        self.powered_off = source.powered_off
         self.frozen = {key: bytes(disk.content) for key, disk in source.machine.items()}
         self.sequence = source.sequence
         self.released = False
@@ -285,6 +290,7 @@ class ModelSource:
         self.events: list[str] = []
         self.lock = threading.Lock()
         self.fail_cuts: list[FarshoreError] = []
+        self.powered_off = True
 
     def burn(self) -> None:
         if self.fuse.burn():
@@ -328,11 +334,12 @@ class ModelSource:
             self.cuts[name] = cut
         return cut
 
-    def reap(self) -> list[str]:
+    def reap(self, upto: str = "") -> list[str]:
         self.burn()
         self.events.append("reap")
-        names = list(self.cuts)
-        self.cuts.clear()
+        names = [name for name in self.cuts if not upto or epoch_in(name) <= epoch_in(upto)]
+        for name in names:
+            del self.cuts[name]
         return names
 
     def close(self) -> None: ...

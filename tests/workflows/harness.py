@@ -277,6 +277,7 @@ async def workers(client: Client, stage: Stage, *, slots: int = 100) -> AsyncGen
                 **shared,
             ),
             Worker(client, task_queue=SOURCE_QUEUE, **playing_with),
+            Worker(client, task_queue=names.legs_queue(SOURCE_QUEUE), **playing_with),
             Worker(client, task_queue=TARGET_QUEUE, **playing_with),
         ):
             await stack.enter_async_context(worker)

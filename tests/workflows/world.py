@@ -227,6 +227,7 @@ class World:
             mine = owner.test == call.test and (not call.plan or owner.plan == call.plan)
             mine = mine and (not call.run or owner.run == call.run)
             mine = mine and (not call.machine or owner.machine == call.machine)
+            mine = mine and (not call.run_level or not owner.machine)
             if mine and owner.run != call.except_run:
                 del self.resources[id_]
                 gone.append(view)
@@ -353,6 +354,9 @@ class Stage:
     async def _power_on_source(self, world: World, call: m.SourceCall) -> m.InspectReport:
         world.off.discard(call.machine)
         return await self._inspect_source(world, call)
+
+    async def _reap_source(self, world: World, call: m.SourceCall) -> m.Removed:
+        return m.Removed(ids=())
 
     async def _replicate_leg(self, world: World, call: m.LegCall) -> m.LegReport:
         newest = world.new_point(call.spec.machine)

@@ -111,7 +111,7 @@ async def test_names_that_are_taken(site: AzureSite, world: World) -> None:
     (finding,) = await site.check([world.spec()], purpose=Purpose.FAILOVER)
     assert finding.code == Code.NAME_TAKEN.value
     assert f"run-{world.tag}" in finding.message
-    assert "Clean up" in finding.action
+    assert finding.severity.value == "warning", "a rerun of the same machine replaces it"
     assert await site.check([world.spec()], purpose=Purpose.TEST) == []  # a test has its own name
 
 
