@@ -8,7 +8,7 @@ import json
 import os
 import signal
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from temporalio import activity
 from temporalio.client import Client, WorkflowUpdateFailedError
@@ -101,7 +101,7 @@ class ControlActivities:
                     machine=call.machine,
                     update="abandon",
                     payload={"holder": holder, "reason": f"{holder} ended without settling {call.machine}"},
-                    update_id=f"abandon {holder} for {call.update_id}"[:200],
+                    update_id=f"abandon {call.update_id}",
                 )
             )
             return await self._update(call)
@@ -186,7 +186,7 @@ class ControlActivities:
             "FARSHORE_IDEMPOTENCY_KEY": call.key,
         }
         async with beating():
-            process = await asyncio.create_subprocess_exec(
+            process = await _start(
                 str(path),
                 *call.args,
                 stdin=asyncio.subprocess.PIPE,
@@ -215,6 +215,17 @@ class ControlActivities:
             stdout=out.decode(errors="replace")[-_KEPT_OUTPUT:],
             stderr=err.decode(errors="replace")[-_KEPT_OUTPUT:],
         )
+
+
+async def _start(*command: str, **options: Any) -> asyncio.subprocess.Process:
+    try:
+        return await asyncio.create_subprocess_exec(*command, **options)
+    except OSError as error:
+        raise FarshoreError(
+            Code.ACTION_FAILED,
+            f"Script {Path(command[0]).name} can't be started: {error.strerror}.",
+            causes=("It is not executable, or its first line names no interpreter of this machine.",),
+        ) from None
 
 
 def _attributes(spec: MachineSpec) -> TypedSearchAttributes:

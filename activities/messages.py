@@ -112,6 +112,8 @@ class LegCall(Message):
 
 class LegReport(Message):
     cycles: int
+    points: int = 0  # committed by this leg
+    last_error: str = ""  # in words, "" if the last cycle was good
     newest: PointView | None
     full_copies: int
     bytes_shipped: int

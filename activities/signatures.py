@@ -112,7 +112,7 @@ WAIT_UNTIL_RUNNING = Step("wait_until_running", m.WaitRunningCall, m.RunningRepo
 FIND_MACHINE = Step("find_machine", m.OwnedCall, m.ResourceView, TARGET)
 REMOVE_RESOURCES = Step("remove_resources", m.RemoveCall, m.RemoveReport, TARGET)
 RUN_GUEST_SCRIPT = Step(
-    "run_guest_script", m.GuestScriptCall, m.ScriptOutput, Rules(6 * 3600, HEARTBEAT, attempts=1)
+    "run_guest_script", m.GuestScriptCall, m.ScriptOutput, Rules(6 * 3600, HEARTBEAT, attempts=3)
 )
 
 STEPS = tuple(value for value in list(globals().values()) if isinstance(value, Step))

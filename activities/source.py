@@ -92,6 +92,8 @@ class SourceActivities:
         )
         return m.LegReport(
             cycles=done.cycles,
+            points=done.points,
+            last_error=done.last_error,
             newest=point_view(done.newest) if done.newest else None,
             full_copies=done.full_copies,
             bytes_shipped=done.bytes_shipped,

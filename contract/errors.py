@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 from datetime import timedelta
 
+from pydantic import ValidationError
 from temporalio.exceptions import (
     ActivityError,
     ApplicationError,
@@ -50,7 +52,8 @@ def error_view(
         if isinstance(link, ApplicationError):
             for detail in link.details:
                 if isinstance(detail, dict) and "recommended_action" in detail:
-                    return ErrorView.model_validate(detail)
+                    with contextlib.suppress(ValidationError):  # of another version: its text is below
+                        return ErrorView.model_validate(detail)
             code = Code(link.type) if link.type in set(Code) else Code.INTERNAL
             return _plain(code, link.message, subject)
         if isinstance(link, TimeoutError):

@@ -57,6 +57,8 @@ class Begin(Message):
     operation: Operation
     run: str
     reason: str = ""
+    source_site: str = ""  # the sites the run works with; they must be those of the protection
+    target_site: str = ""
     accept_data_loss: bool = False  # change of point after a planned failover: give up its zero loss
 
 

@@ -9,6 +9,7 @@ from typing import Annotated, Any, Self
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
 
 from farshore.domain.errors import ErrorInfo
+from farshore.domain.points import PointChoice
 
 Name = Annotated[str, StringConstraints(strip_whitespace=True, min_length=1, max_length=100)]
 Text = Annotated[str, StringConstraints(strip_whitespace=True, max_length=2000)]
@@ -76,6 +77,17 @@ class FailoverInput(Message):
         strange = sorted(set(self.points) - set(self.machines)) if self.machines else []
         if strange:
             msg = f"points names {', '.join(strange)}, which machines does not"
+            raise ValueError(msg)
+        wanted = (self.point, *self.points.values())
+        bad = [c for c in wanted if c not in set(PointChoice) and not c.startswith("p-")]
+        if bad:
+            msg = f"{bad[0]!r} is no recovery point; use {', '.join(PointChoice)}, or a point id (p-…)"
+            raise ValueError(msg)
+        if self.kind is RunKind.PLANNED and any(c != PointChoice.LATEST for c in wanted):
+            msg = "a planned failover loses nothing, so its point is latest; an older one is for unplanned"
+            raise ValueError(msg)
+        if self.kind is not RunKind.UNPLANNED and (not self.shutdown or self.break_glass):
+            msg = "shutdown and break_glass are for unplanned only"
             raise ValueError(msg)
         people = [c.by.casefold() for c in self.break_glass]
         if len(set(people)) != len(people):

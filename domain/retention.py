@@ -93,5 +93,15 @@ def prune(
     return [point for point in ordered if point.id not in keep]
 
 
+def gently(points: Iterable[RecoveryPoint], victims: Iterable[RecoveryPoint]) -> list[RecoveryPoint]:
+    """The oldest of `victims`, at most half of `points`: what one pruning may remove.
+
+    Whatever a wrong clock makes of the ages, a single pruning leaves half of the history; a true backlog goes with the
+    next ones.
+    """
+    most = sum(1 for _ in points) // 2
+    return sorted(victims, key=lambda point: point.cycle)[:most]
+
+
 def _rank(point: RecoveryPoint) -> tuple[bool, int]:
     return point.consistency is Consistency.APPLICATION, point.cycle

@@ -8,7 +8,8 @@ written at random, frozen as a whole). A page blob container and a folder of fil
   refused with ReplicaFenced, decided in one step with the change itself;
 * an image's `flush` makes all earlier changes durable; `freeze` freezes what was flushed;
 * whatever fails raises `FarshoreError`, retryable where trying again can help; a call whose outcome is unknown may be
-  repeated, but `create`, after which the caller has to look.
+  repeated, but `create`, after which the caller has to look, and changes of an image, which need a higher fence first
+  where a request can arrive late.
 """
 
 from __future__ import annotations

@@ -210,11 +210,10 @@ class Log:
     # holds --------------------------------------------------------------------------------------------------------
 
     def hold(self, id_of_point: str, holder: str) -> None:
-        """See the module for the order."""
+        """See the module for the order. A hold that is there already proves nothing, its maker may have died before it
+        looked: put and look again."""
         manifest = self.manifest(id_of_point)
         name = f"{self.prefix}h/{holder_hash(holder)}-{manifest.cycle:010d}"
-        if self._backend.get(name) is not None:
-            return
         self._backend.put(name, json.dumps({"holder": holder, "point": id_of_point}).encode())
         view = self.read()
         condemned = {cycle for cycles in view.dooms.values() for cycle in cycles}

@@ -3,7 +3,9 @@
 A leg opens an epoch, reaps what a predecessor left at the source, and makes a point every interval until its time is
 over or it is asked to stop. Truth is in the store: a leg that is killed at any moment is continued by the next one from
 the newest committed point. Errors that may pass are waited out (1, 2, 4 … seconds): the epoch is opened anew after each,
-because the outcome of what failed may be unknown, but never taken from a successor. Other errors end the leg.
+because the outcome of what failed may be unknown, but never taken from a successor, not even by a leg whose first
+opening failed or that wakes late: `LegPlan.asked_at` tells it from one that was asked for afterwards. Other errors end
+the leg.
 """
 
 from __future__ import annotations
@@ -16,10 +18,13 @@ from datetime import datetime
 
 from farshore.domain.errors import Code, FarshoreError
 from farshore.domain.points import Consistency, RecoveryPoint
-from farshore.domain.retention import RetentionPolicy, prune
+from farshore.domain.retention import RetentionPolicy, gently, prune
 from farshore.replication.engine import CycleResult, Pace, Stopped, never, run_cycle, utc_now
 from farshore.replication.ports import Progress, ProgressSink, ReplicaStore, ReplicaWriter, Source
 
+_CLOCK_DOUBT = (
+    3600.0  # seconds that the clock may be ahead of a point that was made just now; beyond, no pruning
+)
 _POLL = 0.5  # the longest sleep between two looks at `should_stop`, seconds
 
 
@@ -40,6 +45,9 @@ class LegPlan:
     backoff_cap_s: float = 60.0
     pace: Pace = field(default_factory=Pace)
     tags: Mapping[str, str] = field(default_factory=dict[str, str])
+    asked_at: datetime | None = (
+        None  # when this attempt was scheduled: openings by others after that fence it
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,7 +119,8 @@ class _Leg:
         self._clock = clock
         self._monotonic = monotonic
         self._sleep = sleep
-        # Attempts of one activity share `owner`; the token tells this leg from a former attempt of itself.
+        # Attempts of one activity share `owner`; the token tells this leg from a former attempt of itself. The store
+        # knows its form (`replica.same_activity`).
         self._token = f"{plan.owner}#{uuid.uuid4().hex[:12]}"
         self._epoch: int | None = None
         self._writer: ReplicaWriter | None = None
@@ -151,7 +160,7 @@ class _Leg:
                     if error.retry_after is not None:
                         pause = max(pause, error.retry_after)
                     pause = min(pause, max(0.0, end - self._monotonic()))
-                    self._tell(f"waiting {pause:.0f} s: {error.info.message}")
+                    self._tell(f"waiting {pause:.0f} s after: {error.info.message}")
                     if not self._pause(self._monotonic() + pause):
                         because = "asked"
                         break
@@ -192,7 +201,9 @@ class _Leg:
         if self._writer is not None:
             return self._writer
         self._tell("opening the replica")
-        writer = self._store.acquire(self._plan.machine, self._token, succeeding=self._epoch)
+        writer = self._store.acquire(
+            self._plan.machine, self._token, succeeding=self._epoch, asked_at=self._plan.asked_at
+        )
         self._writer, self._epoch = writer, writer.epoch
         points = writer.points()
         self._newest = points[-1] if points else None
@@ -212,6 +223,7 @@ class _Leg:
         writer = self._enter()
         before = self._newest
         self._cycles += 1
+        began = self._monotonic()
         result = self._make_point(writer)
         self._resync = False
         self._points += 1
@@ -226,7 +238,7 @@ class _Leg:
         if result.release_error:
             self._tell(f"the source kept a snapshot that will be removed later: {result.release_error}")
         self._tell("point committed")
-        self._retain(writer)
+        self._retain(writer, result.point, self._monotonic() - began)
 
     def _make_point(self, writer: ReplicaWriter) -> CycleResult:
         want = self._plan.want
@@ -261,10 +273,17 @@ class _Leg:
             clock=self._clock,
         )
 
-    def _retain(self, writer: ReplicaWriter) -> None:
-        """Prune. A failure costs nothing but space: the next cycle tries again."""
+    def _retain(self, writer: ReplicaWriter, newest: RecoveryPoint, took: float) -> None:
+        """Prune, `took` seconds after the cycle of `newest` began. A failure costs nothing but space: the next cycle
+        tries again. A clock that jumped must not cost the history, see `_CLOCK_DOUBT` and `gently`."""
+        now = self._clock()
+        ahead = (now - newest.taken_at).total_seconds() - took
+        if ahead > _CLOCK_DOUBT:
+            self._tell(f"old points stay for now: the clock is {ahead:.0f} s ahead of the newest point")
+            return
         try:
-            victims = prune(writer.points(), self._plan.retention, self._clock())
+            points = writer.points()
+            victims = gently(points, prune(points, self._plan.retention, now))
             if victims:
                 self._pruned += len(writer.remove_points([point.cycle for point in victims]))
         except FarshoreError as error:

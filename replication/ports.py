@@ -262,12 +262,21 @@ class PointReader(Protocol):
 class ReplicaStore(Protocol):
     """All points of all machines of one target."""
 
-    def acquire(self, machine: str, owner: str, *, succeeding: int | None = None) -> ReplicaWriter:
+    def acquire(
+        self, machine: str, owner: str, *, succeeding: int | None = None, asked_at: datetime | None = None
+    ) -> ReplicaWriter:
         """Become the writer: raises the epoch, so that every earlier writer is fenced. Orphans of dead writers are
         reaped. Needs no consent of the former writer and never waits for it.
 
         With `succeeding` the epoch is taken only if the newest one is that epoch or was opened by the same `owner`;
-        else ReplicaFenced. It is how a leg goes on after an error without stealing from a legitimate successor.
+        else ReplicaFenced. It is how a leg goes on after an error without stealing from a legitimate successor. A
+        machine whose log is gone was removed: ReplicaFenced as well.
+
+        `asked_at` is when the caller was asked to start. If another owner opened an epoch after that instant, the caller
+        is late, e.g. a leg that slept over a promotion: ReplicaFenced. Other owners are those that are neither `owner`
+        nor another attempt of the same activity (`owner` up to a leg's token, see `loop`). An opening without a token
+        under the same name is another step of the run, not an attempt: it fences. What has to win whatever happens (the
+        fencing step of a failover) passes None. Both instants are clock times: opener and asker may differ by the skew.
         """
         ...
 

@@ -28,19 +28,24 @@ Damage to B itself is found by `verify`; a resync then rebuilds T from B first, 
 
 **Fencing.** A new owner opens an epoch in the log (which ends the commits of the former one, see `log`), raises the
 fence of every image (which ends its writes), and only then looks at windows and frozen states. It waits for nobody.
-A freeze by a stale writer is possible in some backends and harmless: nothing will ever name it, and it is reaped.
+A freeze by a stale writer is possible in some backends and harmless: nothing will ever name it, and it is reaped. An
+owner that was asked for before another one opened its epoch comes too late and is refused (`acquire`, `asked_at`); so
+is one that wants to go on in a log that is gone, because its machine was removed.
 
 **Reaping** on taking over: interrupted removals are finished; frozen states that no manifest names are dropped if they
 carry an older epoch than ours (a successor's are never touched); images of disks that neither a point nor a window
-names are deleted.
+names are deleted. The fences have to be raised; reaping may fail, the next owner does it again, and a promotion must
+not wait for it. One thing must not be skipped: of an image pair that is being deleted one may be gone already, and the
+other one alone tells lies. Such images are deleted before their disk is opened again.
 """
 
 from __future__ import annotations
 
 import contextlib
 import json
+import re
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
 from datetime import UTC, datetime
 from itertools import pairwise
 from typing import Any, cast
@@ -48,7 +53,7 @@ from typing import Any, cast
 from farshore.domain.errors import Code, FarshoreError
 from farshore.domain.points import RecoveryPoint
 from farshore.replication import leaves
-from farshore.replication.backend import Backend, Kind
+from farshore.replication.backend import Backend, Image, Kind
 from farshore.replication.extents import bridge, coarsen, normalise, split
 from farshore.replication.log import Log, View, safe_name
 from farshore.replication.manifest import Opening, digest, encode, point_id, to_point
@@ -68,6 +73,7 @@ _PAGE = 512
 _IO = 4 << 20  # the most bytes of one request
 _TABLE_GAP = 8192  # unchanged bytes of a table that are written along to save a request
 _WINDOW_EXTENTS = 4096  # at most so many extents in a window; more are merged into a superset
+_TOKEN = re.compile(r"#[0-9a-f]{12}$")  # what a leg adds to the owner that all attempts of its activity share
 _OPENING_GRACE = 7 * 86400.0  # seconds an opening is kept after its epoch ended
 
 
@@ -199,12 +205,12 @@ class _Disk:
         runs = bridge(normalise(changed, size, _PAGE), _TABLE_GAP)
         if not runs:
             return
-        padded = bytes(self._table) + bytes(size - len(self._table))
-        view = memoryview(padded)
+        # A table has up to hundreds of megabytes: only a run past its end, into the padding, is copied.
+        table = memoryview(self._table)
         for run in split(runs, _IO):
-            self._backend.write(
-                self.table_image, run.start, view[run.start : run.start + run.length], self._epoch
-            )
+            part = table[run.start : run.start + run.length]
+            data = part if len(part) == run.length else bytes(part).ljust(run.length, b"\0")
+            self._backend.write(self.table_image, run.start, data, self._epoch)
         self._backend.flush(self.table_image, self._epoch)
 
     def flush(self) -> None:
@@ -242,6 +248,7 @@ class BackendWriter:
         self._disks: dict[str, _Disk] = {}
         self._dooms = 0
         self._unknown = False
+        self._orphans: set[str] = set()  # images to be deleted that may still be there
 
     @property
     def epoch(self) -> int:
@@ -278,6 +285,9 @@ class BackendWriter:
         if known is not None and known.size == state.size:
             known.state = state
             return known
+        for name in self._orphans & {*self.images_of(state.key)}:
+            self.backend.delete_image(name, self.epoch)
+            self._orphans.discard(name)
         disk = _Disk(self, state)
         self._disks[state.key] = disk
         return disk
@@ -368,15 +378,16 @@ class BackendWriter:
     # taking over --------------------------------------------------------------------------------------------------
 
     def take_over(self) -> None:
-        """Fence every image, then clean up after former owners."""
+        """Fence every image, then clean up after former owners. Reading has to succeed, removing need not."""
         images = self.backend.images(self.log.prefix)
         for image in images:
             self.backend.raise_fence(image.name, self.epoch)
         view = self.log.read()
         for name, cycles in view.dooms.items():
-            free, seen = self.log.doom(name, cycles)
-            _delete_points(self.backend, self.log, seen, free)
-            self.log.undoom(name)
+            with _tidying():
+                free, seen = self.log.doom(name, cycles)
+                _delete_points(self.backend, self.log, seen, free)
+                self.log.undoom(name)
         if view.dooms:
             view = self.log.read()
         self._head = view.head
@@ -387,13 +398,25 @@ class BackendWriter:
             for text in (disk.snapshot, disk.leaves)
         }
         live = {parse_handle(text)[0] for text in named}
-        windowed = self._tidy_windows()
+        meaningless, windowed = self._windows()
+        if not view.damaged and self._head is not None:
+            self._orphans = {
+                image.name
+                for image in images
+                if image.name not in live and image.name.rpartition(".")[0].rpartition("/")[2] not in windowed
+            }
+        with _tidying():
+            self._reap(images, view, named, meaningless)
+
+    def _reap(self, images: Sequence[Image], view: View, named: set[str], windows: Sequence[str]) -> None:
+        """Stops at the first error: where one removal fails, hundreds would."""
+        for name in windows:
+            self.backend.delete(name)
         for image in images:
-            if image.name not in live and not view.damaged and self._head is not None:
-                stem = image.name.rpartition(".")[0].rpartition("/")[2]
-                if stem not in windowed:
-                    self.backend.delete_image(image.name, self.epoch)
-                    continue
+            if image.name in self._orphans:
+                self.backend.delete_image(image.name, self.epoch)
+                self._orphans.discard(image.name)
+                continue
             for frozen in image.snapshots:
                 if (
                     handle(image.name, frozen.id) in named
@@ -404,19 +427,20 @@ class BackendWriter:
                 self.backend.drop(image.name, frozen.id)
         self._tidy_openings(view)
 
-    def _tidy_windows(self) -> set[str]:
-        """Delete windows that mean nothing any more; returns the (safe) keys of disks that still have some."""
+    def _windows(self) -> tuple[list[str], set[str]]:
+        """Windows that mean nothing any more, and the (safe) keys of disks that have others."""
         prefix = self.log.prefix + "w/"
         head = self._head
         current = {safe_name(disk.state.key) for disk in head.disks} if head is not None else set[str]()
+        meaningless: list[str] = []
         left: set[str] = set()
         for stored in self.backend.list(prefix):
             cycle, key, _ = stored.name[len(prefix) :].split("/")
             if head is not None and key in current and int(cycle) <= head.cycle:
-                self.backend.delete(stored.name)
+                meaningless.append(stored.name)
             else:
                 left.add(key)
-        return left
+        return meaningless, left
 
     def _tidy_openings(self, view: View) -> None:
         used = {manifest.epoch for manifest, _ in view.points}
@@ -462,18 +486,15 @@ class BackendStore:
         """The machine's log; one object a machine, so that entries are fetched once."""
         return self._logs.setdefault(machine, Log(self.backend, machine))
 
-    def acquire(self, machine: str, owner: str, *, succeeding: int | None = None) -> BackendWriter:
+    def acquire(
+        self, machine: str, owner: str, *, succeeding: int | None = None, asked_at: datetime | None = None
+    ) -> BackendWriter:
         log = self.log(machine)
         for _ in range(16):
             view = log.read()
+            # Decided on the same view whose next number is taken: who opens in between makes us look again.
             openings = view.openings
-            if (
-                succeeding is not None
-                and openings
-                and openings[-1].epoch != succeeding
-                and openings[-1].owner != owner
-            ):
-                raise fenced(machine, f"epoch {openings[-1].epoch} was opened by {openings[-1].owner}")
+            _check_turn(machine, openings, owner, succeeding, asked_at)
             epochs = [opening.epoch for opening in openings] + [manifest.epoch for manifest, _ in view.points]
             now = self._clock()
             before = view.entries.get(view.top)
@@ -544,6 +565,44 @@ class BackendStore:
 
     def close(self) -> None:
         self.backend.close()
+
+
+def same_activity(mine: str, other: str) -> bool:
+    """Whether `other` is the owner string of a leg, i.e. has a token, and of the same activity as `mine`."""
+    return bool(_TOKEN.search(other)) and _TOKEN.sub("", other) == _TOKEN.sub("", mine)
+
+
+def _check_turn(
+    machine: str, openings: Sequence[Opening], owner: str, succeeding: int | None, asked_at: datetime | None
+) -> None:
+    """ReplicaFenced unless it is this owner's turn. See `ReplicaStore.acquire`."""
+    if not openings:
+        if succeeding is not None:
+            raise fenced(machine, f"its log, in which epoch {succeeding} was opened, was removed")
+        return
+    newest = openings[-1]
+    if newest.owner == owner or newest.epoch == succeeding:
+        return
+    if succeeding is not None:
+        raise fenced(machine, f"epoch {newest.epoch} was opened by {newest.owner}")
+    if asked_at is None:
+        return
+    for opening in reversed(openings):
+        if opening.opened_at > asked_at and not same_activity(owner, opening.owner):
+            raise fenced(
+                machine,
+                f"a newer owner came after this leg was asked for, {opening.owner} at {opening.opened_at}",
+            )
+
+
+@contextlib.contextmanager
+def _tidying() -> Generator[None]:
+    """What is done here the next owner can do as well, so a failure does not count; being fenced does."""
+    try:
+        yield
+    except FarshoreError as error:
+        if error.code is Code.REPLICA_FENCED:
+            raise
 
 
 def digest_of(entry: Manifest | Opening) -> str:

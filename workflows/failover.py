@@ -55,6 +55,9 @@ with workflow.unsafe.imports_passed_through():
     from farshore.workflows.steps import run_step
 
 _FENCE = "fence"
+_LISTED = 20  # machines named in the text of a failure
+_LISTED_ERRORS = 50
+_FULL_RESULTS = 200  # machines whose results are kept with all details
 _PEOPLE = 2
 _PRIORITY = {
     RunKind.UNPLANNED: 1,
@@ -223,6 +226,7 @@ class Failover:
                 await self._stage(pinned, stage, network)
                 if number == 0:  # the machines are ours: nothing has been touched yet
                     await self._check_target(pinned)
+                    self._look_for_abort()
                     network = await self._network(pinned)
         except _Stop as stop:
             stopped = stop.view
@@ -367,7 +371,7 @@ class Failover:
             force_off=plan.shutdown.force,
             try_shutdown=ask.shutdown,
             accept_data_loss=ask.accept_data_loss,
-            named=name in ask.machines,
+            named=name in ask.machines or name in ask.points,
         )
 
     async def _stage(self, pinned: m.PinnedPlan, stage: Stage, network: str) -> None:
@@ -523,7 +527,11 @@ class Failover:
                 else:
                     await self._script(pinned, action, step.id)
             except (ActivityError, FarshoreError, _Stop) as error:
-                view = error.view if isinstance(error, _Stop) else error_view(error, subject=step.id)
+                view = (
+                    error.view
+                    if isinstance(error, _Stop)
+                    else error_view(error, subject=step.id, unreachable=Code.TARGET_UNREACHABLE)
+                )
                 self._actions.append(f"{action.title}: failed — {view.message}")
                 self._errors.append(view)
                 stops = (
@@ -723,7 +731,10 @@ class Failover:
         return result
 
     def _failure(self, view: ErrorView, result: RunResult) -> ApplicationError:
-        left = "; ".join(f"{r.machine}: {r.state or r.outcome.value}" for r in result.machines)
+        listed = result.machines[:_LISTED]
+        left = "; ".join(f"{r.machine}: {r.state or r.outcome.value}" for r in listed)
+        if len(result.machines) > _LISTED:
+            left += f"; and {len(result.machines) - _LISTED} more"
         base = view_to_application_error(view)
         text = f"{base.message}{f' — machines now: {left}' if left else ''}"
         return ApplicationError(
@@ -738,7 +749,7 @@ class Failover:
         found: list[MachineResult] = []
         for part in self._parts:
             try:
-                found += await part.handle
+                found += await self._end_of(part)
             except ChildWorkflowError as error:
                 view = error_view(error, subject=part.id)
                 if not self._lost.issuperset(mr.machine for mr in part.machines):
@@ -748,6 +759,13 @@ class Failover:
                     for mr in part.machines
                 ]
         return found
+
+    async def _end_of(self, part: _Part) -> list[MachineResult]:
+        """The group's results. A cancellation while it settles its machines must not end it: it is waited for again."""
+        try:
+            return await asyncio.shield(part.handle)
+        except asyncio.CancelledError:
+            return await asyncio.shield(part.handle)
 
     async def _remove_network(self, machines: Sequence[MachineResult]) -> None:
         """The test's network goes with the last test of the plan that is cleaned up."""
@@ -799,11 +817,11 @@ class Failover:
             finished_at=workflow.now(),
             rto_seconds=(max(running) - self._started).total_seconds() if running else None,
             rpo_seconds=max(losses) if losses else None,
-            machines=tuple(machines),
+            machines=tuple(_slim(machines)),
             decisions=tuple(self._decisions),
             actions=tuple(self._actions),
             network_deleted=self._network_deleted,
-            errors=tuple(self._errors),
+            errors=tuple(self._errors[:_LISTED_ERRORS]),
         )
 
     # -- help -----------------------------------------------------------------------------------------------------
@@ -811,6 +829,8 @@ class Failover:
     def _look_for_abort(self) -> None:
         if self._abort is not None:
             raise _Stop(self._abort)
+        if workflow.cancellation_reason() is not None:  # however the cancellation was received
+            raise _Stop(_view(Code.RUN_ABORTED, "The run was cancelled."))
 
     def _say(self, line: str) -> None:
         self._log.append(f"{workflow.now():%H:%M:%S} {line}"[:300])
@@ -828,13 +848,20 @@ class Failover:
             run_page(
                 self.progress(),
                 course=self._course,
-                run=self._holder,
+                run=self._id,
                 namespace=workflow.info().namespace,
                 now=workflow.now(),
                 reason=self._ask.reason,
                 errors=self._errors,
             )
         )
+
+
+def _slim(machines: Sequence[MachineResult]) -> Sequence[MachineResult]:
+    """A result must stay under Temporal's 2 MiB: of many machines, the details stay with the machines' own runs."""
+    if len(machines) <= _FULL_RESULTS:
+        return machines
+    return [r.model_copy(update={"made": (), "deleted": (), "fence": r.fence[:100]}) for r in machines]
 
 
 def _view(code: Code, message: str) -> ErrorView:

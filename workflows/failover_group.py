@@ -16,8 +16,18 @@ with workflow.unsafe.imports_passed_through():
     from farshore.contract.runs import MachineResult, Outcome
     from farshore.workflows.details import bullets, link, many, outcome, page, plain
     from farshore.workflows.machine_failover import MachineFailover
-    from farshore.workflows.messages import GroupReport, GroupRun, MachineReport, Proceed, StageOutcome
+    from farshore.workflows.messages import (
+        GroupReport,
+        GroupRun,
+        MachineReport,
+        MachineRun,
+        Proceed,
+        StageOutcome,
+    )
     from farshore.workflows.stages import COURSES
+
+
+MachineHandle = workflow.ChildWorkflowHandle[MachineFailover, MachineResult]
 
 
 @workflow.defn(name=names.FAILOVER_GROUP)
@@ -57,24 +67,31 @@ class FailoverGroup:
         watchers = [asyncio.create_task(self._watch(name, child)) for name, child in children.items()]
         everyone = set(children)
         while len(self._results) < len(everyone):
-            await workflow.wait_condition(lambda: self._has_news() or len(self._results) == len(everyone))
-            if self._stop and not self._stop_passed_on:
-                self._stop_passed_on = True
-                for name in sorted(everyone - set(self._results)):
-                    await self._tell(children[name], "stop", self._stop)
-                continue
-            if self._words:
-                word = self._words.pop(0)
-                for name in sorted(everyone - set(self._ended)):
-                    mine = word.model_copy(
-                        update={"fences": tuple(token for token in word.fences if token.machine == name)}
-                    )
-                    await self._tell(children[name], "proceed", mine)
-                await workflow.wait_condition(lambda stage=word.stage: self._all_reported(stage, everyone))
-                await self._tell_parent(word.stage, everyone)
+            try:
+                await self._lead(children, everyone)
+            except asyncio.CancelledError:
+                # To end now would end the machines in the middle of a step: they stop before the next one and settle.
+                self._stop = self._stop or "the group was cancelled by a person"
         await asyncio.gather(*watchers)
         await workflow.wait_condition(workflow.all_handlers_finished)
         return [self._results[mr.machine] for mr in given.machines]
+
+    async def _lead(self, children: dict[str, MachineHandle], everyone: set[str]) -> None:
+        """Wait for a word from above, or for the end of the last machine, and pass it on."""
+        await workflow.wait_condition(lambda: self._has_news() or len(self._results) == len(everyone))
+        if self._stop and not self._stop_passed_on:
+            self._stop_passed_on = True
+            for name in sorted(everyone - set(self._results)):
+                await self._tell(children[name], "stop", self._stop)
+        elif self._words:
+            word = self._words.pop(0)
+            for name in sorted(everyone - set(self._ended)):
+                mine = word.model_copy(
+                    update={"fences": tuple(token for token in word.fences if token.machine == name)}
+                )
+                await self._tell(children[name], "proceed", mine)
+            await workflow.wait_condition(lambda stage=word.stage: self._all_reported(stage, everyone))
+            await self._tell_parent(word.stage, everyone)
 
     def _has_news(self) -> bool:
         return bool(self._words) or (bool(self._stop) and not self._stop_passed_on)
@@ -83,7 +100,7 @@ class FailoverGroup:
         there = self._reports.get(stage, {})
         return bool(self._stop) or all(name in there or name in self._ended for name in everyone)
 
-    async def _start(self, mr):  # type: ignore[no-untyped-def]
+    async def _start(self, mr: MachineRun) -> MachineHandle:
         return await workflow.start_child_workflow(
             MachineFailover.run,
             mr,
@@ -99,7 +116,7 @@ class FailoverGroup:
             ),
         )
 
-    async def _watch(self, name: str, child) -> None:  # type: ignore[no-untyped-def]
+    async def _watch(self, name: str, child: MachineHandle) -> None:
         """A machine's workflow that ends without a word (terminated by hand) must not hold up the run."""
         try:
             result = await child
@@ -116,7 +133,7 @@ class FailoverGroup:
             )
         self._results[name] = result
 
-    async def _tell(self, child, signal: str, word: Proceed | str) -> None:  # type: ignore[no-untyped-def]
+    async def _tell(self, child: MachineHandle, signal: str, word: Proceed | str) -> None:
         try:
             await child.signal(signal, word)
         except ApplicationError:

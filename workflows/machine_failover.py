@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable
 from datetime import datetime
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 from temporalio import workflow
 from temporalio.exceptions import ActivityError, ApplicationError
@@ -45,6 +45,8 @@ with workflow.unsafe.imports_passed_through():
     from farshore.workflows.stages import COURSES, Work
     from farshore.workflows.steps import run_step
 
+In = TypeVar("In")
+Out = TypeVar("Out")
 _HOLDER_TEST, _HOLDER_FAILOVER = "test", "failover"
 # What the timeline says of the changes of a machine's state; the keys are part of update ids.
 _RECORDS = {
@@ -75,6 +77,7 @@ class MachineFailover:
         self._in = given
         self._course = COURSES[given.kind]
         self._spec = given.spec
+        self._queue = ""  # of the step that runs
         self._proceed: dict[str, Proceed] = {}
         self._stop = ""
         self._begun = False
@@ -130,7 +133,8 @@ class MachineFailover:
                     if token.machine == given.machine:
                         self._fence = token
                 for work in stage.work:
-                    if self._stop:
+                    # A machine that runs is recorded as running, whatever else has happened meanwhile.
+                    if self._must_stop() and work is not Work.SETTLE:
                         raise _Stopped
                     await self._steps[work](self)
                 last = stage is self._course.stages[-1]
@@ -159,6 +163,11 @@ class MachineFailover:
             ended = {Outcome.SKIPPED: StageOutcome.SKIPPED, Outcome.STOPPED: StageOutcome.STOPPED}
             await self._report(stage_name, ended.get(outcome, StageOutcome.FAILED), error=error)
         return result
+
+    def _must_stop(self) -> bool:
+        if not self._stop and workflow.cancellation_reason() is not None:
+            self._stop = "cancelled by a person"
+        return bool(self._stop)
 
     async def _settle_badly(self, outcome: SettleOutcome, error: ErrorView) -> ErrorView:
         """Leave the machine in a named state. If even that fails, the next run breaks the lock and does it."""
@@ -197,6 +206,8 @@ class MachineFailover:
                     operation=self._course.operation,
                     run=self._in.run,
                     accept_data_loss=self._in.accept_data_loss,
+                    source_site=self._spec.source_site,
+                    target_site=self._spec.target_site,
                 ),
                 "begin",
             )
@@ -210,11 +221,24 @@ class MachineFailover:
         self._begun = True
         self._state = status.state.main.value
         self._point = status.point_in_use
+        if self._in.kind is RunKind.CHANGE_POINT:
+            self._fence = status.fence  # the instant at which the source was cut off
         if status.source:
             self._spec = self._spec.model_copy(update={"source": status.source})
 
+    async def _seek_point(self) -> None:
+        """A wrong choice of point is found before anything is touched."""
+        if self._in.choice == "latest":
+            return
+        await self._step(
+            s.CHOOSE_POINT,
+            m.ChoosePointCall(**self._owned(), choice=self._in.choice, hold=False),
+            queue=self._spec.target_queue,
+            summary=self._say(f"looking for the recovery point ({self._in.choice})"),
+        )
+
     async def _check_source(self) -> None:
-        seen = await run_step(
+        seen = await self._step(
             s.INSPECT_SOURCE,
             self._source_call(),
             queue=self._spec.source_queue,
@@ -232,7 +256,7 @@ class MachineFailover:
 
     async def _power_off(self, rules: s.Rules | None) -> None:
         self._source_stopped = True
-        down = await run_step(
+        down = await self._step(
             s.SHUT_DOWN_SOURCE,
             m.ShutDownCall(
                 site=self._spec.source_site,
@@ -260,7 +284,7 @@ class MachineFailover:
         await self._update("halt", Halt(run=self._in.run, wait=self._in.kind is RunKind.PLANNED), "halt")
 
     async def _final_cycle(self, rules: s.Rules | None = None, patience: float = 3600.0) -> None:
-        self._final = await run_step(
+        self._final = await self._step(
             s.FINAL_CYCLE,
             m.FinalCycleCall(spec=self._spec, owner=self._in.run, patience=patience),
             queue=self._spec.source_queue,
@@ -277,7 +301,7 @@ class MachineFailover:
         )
 
     async def _prove(self, rules: s.Rules | None = None) -> None:
-        proof = await run_step(
+        proof = await self._step(
             s.PROVE_SOURCE_OFF,
             self._source_call(),
             queue=self._spec.source_queue,
@@ -314,7 +338,7 @@ class MachineFailover:
                 await self._attempt(again, "the proof could not be repeated", but=(Code.FENCE_NOT_PROVEN,))
             fence = self._fence or fence
         self._say("closing the replica to the source")
-        await run_step(
+        await self._step(
             s.FENCE_REPLICA,
             m.StoreCall(site=self._spec.target_site, machine=self._in.machine, holder=self._in.run),
             queue=self._spec.target_queue,
@@ -327,7 +351,7 @@ class MachineFailover:
         choice = (
             self._final.id if self._final is not None and self._in.choice == "latest" else self._in.choice
         )
-        chosen = await run_step(
+        chosen = await self._step(
             s.CHOOSE_POINT,
             m.ChoosePointCall(**self._owned(), choice=choice),
             queue=self._spec.target_queue,
@@ -340,7 +364,7 @@ class MachineFailover:
 
     async def _remove_former(self) -> None:
         """A rerun or a change of point replaces what an earlier run of this machine made."""
-        gone = await run_step(
+        gone = await self._step(
             s.REMOVE_RESOURCES,
             m.RemoveCall(**self._owned(plan="", run=""), except_run=self._in.run),
             queue=self._spec.target_queue,
@@ -351,9 +375,10 @@ class MachineFailover:
     async def _make_disks(self) -> None:
         self._say(f"making {many(len(self._disks), 'disk')}")
         point = self._the_point()
+        # All are waited for even if one fails: nothing may still be in the making when the machine has settled.
         made = await asyncio.gather(
             *(
-                run_step(
+                self._step(
                     s.CREATE_DISK,
                     m.DiskCall(
                         **self._owned(),
@@ -366,13 +391,17 @@ class MachineFailover:
                     summary=f"Making disk {disk.label} ({size(disk.size)}): {self._in.machine}",
                 )
                 for disk in self._disks
-            )
+            ),
+            return_exceptions=True,
         )
-        self._made_disks = tuple(made)
+        self._made_disks = tuple(one for one in made if isinstance(one, ResourceView))
+        for one in made:
+            if isinstance(one, BaseException):
+                raise one
         self._done.append(f"{many(len(made), 'disk')} made")
 
     async def _make_nics(self) -> None:
-        made = await run_step(
+        made = await self._step(
             s.CREATE_NIC,
             m.NicCall(**self._owned(), settings=self._in.settings, network=self._network),
             queue=self._spec.target_queue,
@@ -381,7 +410,7 @@ class MachineFailover:
         self._made_nics = tuple(made)
 
     async def _boot(self) -> None:
-        vm = await run_step(
+        vm = await self._step(
             s.CREATE_MACHINE,
             m.MachineCall(
                 **self._owned(),
@@ -394,7 +423,7 @@ class MachineFailover:
             summary=self._say("creating the machine"),
         )
         self._made = (*self._made_disks, *self._made_nics, vm)
-        up = await run_step(
+        up = await self._step(
             s.WAIT_UNTIL_RUNNING,
             m.WaitRunningCall(**self._owned(), resource=vm),
             queue=self._spec.target_queue,
@@ -435,7 +464,7 @@ class MachineFailover:
 
     async def _remove(self, what: str, *, run_test: bool) -> None:
         owned = self._owned(plan="", run="", test=run_test)
-        gone = await run_step(
+        gone = await self._step(
             s.REMOVE_RESOURCES,
             m.RemoveCall(**owned),
             queue=self._spec.target_queue,
@@ -445,7 +474,7 @@ class MachineFailover:
         self._done.append(f"{many(len(gone.deleted), 'resource')} deleted")
 
     async def _start_source(self) -> None:
-        await run_step(
+        await self._step(
             s.POWER_ON_SOURCE,
             self._source_call(),
             queue=self._spec.source_queue,
@@ -456,7 +485,7 @@ class MachineFailover:
     async def _commit(self) -> None:
         point = self._point
         if point is not None:
-            gone = await run_step(
+            gone = await self._step(
                 s.KEEP_ONLY_POINT,
                 m.StoreCall(site=self._spec.target_site, machine=self._in.machine, point=point.id),
                 queue=self._spec.target_queue,
@@ -468,7 +497,7 @@ class MachineFailover:
         await self._second_half()
 
     async def _reap(self) -> None:
-        gone = await run_step(
+        gone = await self._step(
             s.REAP_SOURCE,
             self._source_call(),
             queue=self._spec.source_queue,
@@ -479,6 +508,7 @@ class MachineFailover:
             self._done.append(f"{many(len(gone.ids), 'left-over snapshot')} removed at the source")
 
     _steps: ClassVar[dict[Work, Callable[[MachineFailover], Awaitable[None]]]] = {
+        Work.SEEK_POINT: _seek_point,
         Work.BEGIN: _begin,
         Work.CHECK_SOURCE: _check_source,
         Work.SHUT_DOWN: _shut_down,
@@ -501,6 +531,19 @@ class MachineFailover:
         Work.COMMIT: _commit,
     }
 
+    async def _step(
+        self,
+        step: s.Step[In, Out],
+        given: In,
+        *,
+        queue: str,
+        summary: str,
+        rules: s.Rules | None = None,
+        longer_by: float = 0.0,
+    ) -> Out:
+        self._queue = queue
+        return await run_step(step, given, queue=queue, summary=summary, rules=rules, longer_by=longer_by)
+
     # -- help -----------------------------------------------------------------------------------------------------
 
     async def _attempt(self, step: Awaitable[None], failed: str, *, but: tuple[Code, ...] = ()) -> None:
@@ -518,20 +561,20 @@ class MachineFailover:
 
     async def _update(self, update: str, payload: BaseModel, purpose: str) -> MachineStatus:
         run = workflow.info().parent
-        return await run_step(
+        return await self._step(
             s.UPDATE_MACHINE,
             m.UpdateCall(
                 machine=self._in.machine,
                 update=update,
                 payload=payload.model_dump(mode="json"),
-                update_id=f"{self._in.run} {run.run_id if run else ''} {purpose}"[:200],
+                update_id=f"{purpose} {run.run_id if run else workflow.info().run_id}",
             ),
             queue=names.CONTROL_QUEUE,
             summary=f"{_RECORDS.get(purpose, f'Record: {purpose}')}: {self._in.machine}",
         )
 
     async def _release(self, holder: str) -> None:
-        await run_step(
+        await self._step(
             s.RELEASE_HOLDS,
             m.StoreCall(site=self._spec.target_site, machine=self._in.machine, holder=holder),
             queue=self._spec.target_queue,
@@ -574,11 +617,11 @@ class MachineFailover:
         return self._in.kind is RunKind.UNPLANNED and stage == "shutdown" and self._fence is None
 
     def _side(self) -> Code:
-        return (
-            Code.SOURCE_UNREACHABLE
-            if "source" in self._doing or "last" in self._doing
-            else Code.TARGET_UNREACHABLE
-        )
+        """Whose worker was awaited when a step found none."""
+        return {
+            self._spec.source_queue: Code.SOURCE_UNREACHABLE,
+            self._spec.target_queue: Code.TARGET_UNREACHABLE,
+        }.get(self._queue, Code.TEMPORAL_UNREACHABLE)
 
     def _say(self, doing: str) -> str:
         """Show what is being done; returns the text for the step's label."""
@@ -615,9 +658,11 @@ class MachineFailover:
     def _loss(self) -> float | None:
         if self._point is None or self._in.kind in (RunKind.CLEANUP, RunKind.COMMIT, RunKind.CANCEL):
             return None
-        if self._point.final:
+        if self._final is not None and self._point.id == self._final.id:
             return 0.0
-        return max(0.0, (self._began_at - self._point.taken_at).total_seconds())
+        proven = self._fence is not None and self._fence.kind is not FenceKind.BREAK_GLASS
+        cut_off = self._fence.at if self._fence is not None and proven else self._began_at
+        return max(0.0, (cut_off - self._point.taken_at).total_seconds())
 
     def _result(self, outcome: Outcome, error: ErrorView | None) -> MachineResult:
         return MachineResult(

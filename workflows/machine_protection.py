@@ -42,6 +42,9 @@ _CAPABILITIES = dm.VSPHERE_TO_AZURE
 _BACKOFF = (1, 2, 4, 8, 10, 30)  # in units of a minute, or of two intervals where those are shorter
 _TESTING = (Operation.TEST_FAILOVER, Operation.TEST_CLEANUP)
 _BREAK_GLASS_PEOPLE = 2
+_FIRST_COPY = (
+    14 * 86400.0
+)  # seconds that a first copy or a resynchronisation may take; heartbeats find a dead worker
 _SECOND_HALF = (
     MainState.PLANNED_FAILOVER_COMPLETING,
     MainState.UNPLANNED_FAILOVER_COMPLETING,
@@ -67,17 +70,26 @@ class MachineProtection:
         """Replicate while the state says so; end when protection has been disabled."""
         self._show()
         while not self._s.disabled:
-            if self._replicates():
-                await self._run_leg()
-            else:
-                await workflow.wait_condition(
-                    lambda: self._replicates() or self._s.disabled or self._is_old()
+            try:
+                await self._turn()
+            except asyncio.CancelledError:
+                # "Request cancellation" on this page would forget a machine that may run at the other site.
+                workflow.logger.warning(
+                    "cancellation of %s ignored: disable its protection", self._s.spec.machine
                 )
             if self._is_old() and not self._s.disabled:
                 await workflow.wait_condition(workflow.all_handlers_finished)
                 workflow.continue_as_new(self._s)
+        gone = FarshoreError(Code.RUN_ABORTED, "Protection was disabled.", subject=self._s.spec.machine)
+        await self._tell_watcher(ErrorView.of(gone.info))
         await workflow.wait_condition(workflow.all_handlers_finished)
         return self.status()
+
+    async def _turn(self) -> None:
+        if self._replicates():
+            await self._run_leg()
+        else:
+            await workflow.wait_condition(lambda: self._replicates() or self._s.disabled or self._is_old())
 
     def _is_old(self) -> bool:
         return workflow.info().is_continue_as_new_suggested()
@@ -100,6 +112,7 @@ class MachineProtection:
                 force_full=repairing or self._s.force_full,
             ),
             queue=names.legs_queue(spec.source_queue),
+            longer_by=_FIRST_COPY if initial or repairing else 0.0,
             summary=f"{what} of {spec.machine} to {spec.target_site}, every {spec.policy.interval:g} s",
         )
         self._leg = leg
@@ -128,14 +141,20 @@ class MachineProtection:
         return not self._replicates() or (self._s.state.resync is ResyncState.INITIATED and not repairing)
 
     async def _leg_done(self, report: m.LegReport, *, initial: bool, repairing: bool) -> None:
+        if report.points == 0 and report.last_error:
+            view = ErrorView.of(
+                FarshoreError(Code.SOURCE_READ_FAILED, report.last_error, subject=self._s.spec.machine).info
+            )
+            await self._leg_failed(view, initial=initial)
+            return
         state = dm.with_health(self._s.state, Health.NORMAL)
-        if initial and report.newest and state.main is MainState.INITIAL_REPLICATION_IN_PROGRESS:
+        if initial and report.points and state.main is MainState.INITIAL_REPLICATION_IN_PROGRESS:
             state = dm.succeed(state)
-        if repairing and report.newest and state.resync is ResyncState.INITIATED:
+        if repairing and report.points and state.resync is ResyncState.INITIATED:
             state = dm.succeed_resync(state)
         newest = report.newest or self._s.newest_point
         self._set(state=state, newest_point=newest, error=None, failures=0, force_full=False)
-        if initial:
+        if initial and report.points:
             await self._tell_watcher(None)
 
     async def _leg_failed(self, view: ErrorView, *, initial: bool) -> None:
@@ -211,6 +230,7 @@ class MachineProtection:
             )
         if self._s.holder == ask.run and self._s.operation is ask.operation:
             return
+        self._must_have_sites(ask.source_site, ask.target_site)
         point = self._s.point_in_use
         try:
             dm.begin(self._s.state, ask.operation, _CAPABILITIES)
@@ -270,6 +290,12 @@ class MachineProtection:
         return self.status()
 
     def _end(self, ask: Settle) -> None:
+        try:
+            self._end_operation(ask)
+        except FarshoreError as error:  # left to itself it would fail the task, and be repeated for ever
+            raise to_application_error(error) from None
+
+    def _end_operation(self, ask: Settle) -> None:
         operation, state = self._s.operation, self._s.state
         changes: dict[str, Any] = {}
         if operation in _TESTING:
@@ -357,7 +383,7 @@ class MachineProtection:
 
     @workflow.update(description="Break the lock of a run that has ended without settling")
     def abandon(self, ask: Abandon) -> MachineStatus:
-        if self._s.holder != ask.holder:
+        if not ask.holder or self._s.holder != ask.holder:
             return self.status()
         entry = FarshoreError(Code.RUN_ABORTED, ask.reason, subject=self._s.spec.machine)
         self._end(
@@ -386,6 +412,26 @@ class MachineProtection:
                     Code.INVALID_INPUT, f"These settings are for {spec.machine}, not {self._s.spec.machine}."
                 )
             )
+        if self._s.state.main in (
+            MainState.UNPROTECTED,
+            MainState.ENABLING_PROTECTION,
+            MainState.ENABLING_FAILED,
+        ):
+            return
+        self._must_have_sites(spec.source_site, spec.target_site)
+        if spec.source.partition("#")[0] != self._s.spec.source.partition("#")[0]:
+            raise to_application_error(
+                FarshoreError(
+                    Code.NOT_READY,
+                    f"{spec.machine} is protected from {self._s.spec.source.partition('#')[0]} by plan {self._s.spec.plan}.",
+                    subject=spec.machine,
+                    causes=(
+                        "Two plans give this name to different machines.",
+                        "The plan's source was edited.",
+                    ),
+                    action="Use another name in the plan, or disable protection and protect again.",
+                )
+            )
 
     @workflow.query
     def status(self) -> MachineStatus:
@@ -411,6 +457,24 @@ class MachineProtection:
         )
 
     # -- help -----------------------------------------------------------------------------------------------------
+
+    def _must_have_sites(self, source_site: str, target_site: str) -> None:
+        """A plan that was edited to other sites would act there, while the machine is here."""
+        spec = self._s.spec
+        if (source_site or spec.source_site, target_site or spec.target_site) != (
+            spec.source_site,
+            spec.target_site,
+        ):
+            raise to_application_error(
+                FarshoreError(
+                    Code.NOT_READY,
+                    f"{spec.machine} is protected {spec.source_site} → {spec.target_site}; the plan says "
+                    f"{source_site} → {target_site}.",
+                    subject=spec.machine,
+                    causes=("The plan's sites were edited after protection was enabled.",),
+                    action="Restore the plan's sites, or disable protection and protect again.",
+                )
+            )
 
     def _must_hold(self, run: str) -> None:
         if self._s.holder != run:

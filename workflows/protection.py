@@ -278,7 +278,7 @@ class Protection:
                 machine=spec.machine,
                 update=update,
                 payload=payload.model_dump(mode="json"),
-                update_id=f"{self._holder} {workflow.info().run_id} {purpose}"[:200],
+                update_id=f"{purpose} {workflow.info().run_id}",
             ),
             queue=names.CONTROL_QUEUE,
             summary=f"{_RECORDS.get(purpose, f'Record: {purpose}')}: {spec.machine}",

@@ -23,6 +23,7 @@ class Order(StrEnum):
 class Work(StrEnum):
     """Steps of a machine; each is a method of MachineFailover."""
 
+    SEEK_POINT = "seek_point"
     BEGIN = "begin"
     CHECK_SOURCE = "check_source"
     SHUT_DOWN = "shut_down"
@@ -67,6 +68,9 @@ class Course:
 
 
 _READY = Stage("prepare", "Taking the machines' locks", Order.TOGETHER, (Work.BEGIN,))
+_READY_WITH_POINT = Stage(
+    "prepare", "Taking the machines' locks", Order.TOGETHER, (Work.SEEK_POINT, Work.BEGIN)
+)
 _BOOT = Stage("boot", "Starting machines", Order.BOOT, (Work.BOOT, Work.SETTLE))
 _FAILED_OVER = frozenset({MainState.PLANNED_COMMIT_PENDING.value, MainState.UNPLANNED_COMMIT_PENDING.value})
 _NOT_FAILED_OVER = frozenset(s.value for s in MainState) - _FAILED_OVER
@@ -77,7 +81,7 @@ COURSES: Mapping[RunKind, Course] = {
         "Test failover",
         Operation.TEST_FAILOVER,
         (
-            _READY,
+            _READY_WITH_POINT,
             Stage(
                 "failover", "Making test disks", Order.TOGETHER, (Work.CHOOSE_POINT, Work.DISKS, Work.NICS)
             ),
@@ -113,19 +117,19 @@ COURSES: Mapping[RunKind, Course] = {
                 "failover",
                 "Making disks",
                 Order.TOGETHER,
-                (Work.PROMOTE, Work.REMOVE_FORMER, Work.CHOOSE_POINT, Work.DISKS, Work.NICS),
+                (Work.PROMOTE, Work.CHOOSE_POINT, Work.REMOVE_FORMER, Work.DISKS, Work.NICS),
             ),
             _BOOT,
         ),
         stops_at_error=True,
-        skips_in=_FAILED_OVER,
+        skips_in=_FAILED_OVER | {MainState.COMMITTED.value},
         skip_note="it has failed over already",
     ),
     RunKind.UNPLANNED: Course(
         "Unplanned failover",
         Operation.UNPLANNED_FAILOVER,
         (
-            _READY,
+            _READY_WITH_POINT,
             Stage(
                 "shutdown",
                 "Shutting down what can be reached",
@@ -136,19 +140,19 @@ COURSES: Mapping[RunKind, Course] = {
                 "failover",
                 "Making disks",
                 Order.TOGETHER,
-                (Work.PROMOTE, Work.REMOVE_FORMER, Work.CHOOSE_POINT, Work.DISKS, Work.NICS),
+                (Work.PROMOTE, Work.CHOOSE_POINT, Work.REMOVE_FORMER, Work.DISKS, Work.NICS),
             ),
             _BOOT,
         ),
         stops_at_error=False,
-        skips_in=_FAILED_OVER,
+        skips_in=_FAILED_OVER | {MainState.COMMITTED.value},
         skip_note="it has failed over already",
     ),
     RunKind.CHANGE_POINT: Course(
         "Change of recovery point",
         Operation.CHANGE_POINT,
         (
-            _READY,
+            _READY_WITH_POINT,
             Stage(
                 "failover",
                 "Replacing disks",

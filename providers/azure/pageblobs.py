@@ -9,7 +9,10 @@ expire, needs no renewal, and a dead owner leaves nothing that a successor would
 Blob metadata holds what a listing has to tell: size and kind of an image, epoch and cycle of a snapshot.
 
 Requests that may be repeated are repeated here a few times, because one 503 among the thousands of writes of a first
-copy must not cost the cycle; a refused fence never is, nor a creation, whose outcome the caller looks up.
+copy must not cost the cycle; a refused fence never is, nor a creation, whose outcome the caller looks up. A change of
+pages is repeated only when the service answered that it did not do it (ServerBusy): a request without an answer may
+still arrive, and its sequence number would be as good as that of the repetition and of all later writes of the epoch.
+After it only a higher number helps: the error ends the cycle, and the leg takes a new epoch.
 """
 
 from __future__ import annotations
@@ -47,6 +50,7 @@ _FIRST_PAUSE = 0.1  # seconds; doubled from try to try
 _LONGEST_PAUSE = 2.0  # also of what the service asks for: a leg that is asked to stop must not sleep longer
 _TIMEOUT = 30.0  # seconds without a byte until a request counts as lost
 _PASSING = frozenset({Code.TARGET_UNREACHABLE, Code.TARGET_THROTTLED, Code.TARGET_BUSY})
+_REFUSED = frozenset({429, 503})  # together with ServerBusy and the like: nothing was done
 _GONE = frozenset({"blobnotfound", "containernotfound", "resourcenotfound"})
 _TAKEN = frozenset({"blobalreadyexists", "unauthorizedbloboverwrite", "conditionnotmet"})
 
@@ -159,7 +163,7 @@ class PageBlobBackend:
                 self._ensure_footer(blob, name, present, fence)
             return present
 
-        return self._again(call, f"opening {name}", name)
+        return self._again(call, f"opening {name}", name, pages=True)
 
     def _ensure_footer(self, blob: BlobClient, name: str, size: int, fence: int) -> None:
         wanted = vhd.footer(size, name)
@@ -193,7 +197,7 @@ class PageBlobBackend:
             # Last: until the size is told, a successor does all of this again.
             blob.set_blob_metadata({**_metadata(properties), "size": str(size)})
 
-        self._again(call, f"resizing {name}", name)
+        self._again(call, f"resizing {name}", name, pages=True)
 
     def raise_fence(self, name: str, fence: int) -> None:
         def call() -> None:
@@ -223,6 +227,7 @@ class PageBlobBackend:
                 ),
                 f"writing {len(part)} bytes at {offset + at} of {name}",
                 name,
+                pages=True,
             )
 
     def clear(self, name: str, offset: int, length: int, fence: int) -> None:
@@ -231,6 +236,7 @@ class PageBlobBackend:
             lambda: self._blob(name).clear_page(offset, whole, if_sequence_number_lte=fence),
             f"clearing {whole} bytes at {offset} of {name}",
             name,
+            pages=True,
         )
 
     def read(self, name: str, offset: int, length: int, snapshot: str = "") -> bytes:
@@ -318,17 +324,20 @@ class PageBlobBackend:
                 return None
             raise
 
-    def _again(self, call: Callable[[], T], doing: str, subject: str) -> T:
+    def _again(self, call: Callable[[], T], doing: str, subject: str, *, pages: bool = False) -> T:
+        """Call, and repeat what may pass; with `pages` only what was refused for certain, see the module."""
         pause = _FIRST_PAUSE
         for left in reversed(range(_TRIES)):
             try:
                 return call()
             except (AzureError, OSError) as error:
-                code = said(error).key
-                if code == "sequencenumberconditionnotmet":
+                answer = said(error)
+                if answer.key == "sequencenumberconditionnotmet":
                     raise fenced(subject, "its fence was raised") from error
                 problem = classify(error, doing=doing, subject=subject)
                 if not left or problem.code not in _PASSING:
+                    raise problem from error
+                if pages and not (answer.status in _REFUSED and problem.code is Code.TARGET_THROTTLED):
                     raise problem from error
                 wait = max(pause, problem.retry_after or 0.0)
                 if wait > _LONGEST_PAUSE:

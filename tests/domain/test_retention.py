@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from farshore.domain.points import Consistency, RecoveryPoint
-from farshore.domain.retention import DAY, HOUR, RetentionPolicy, keep_all, prune
+from farshore.domain.retention import DAY, HOUR, RetentionPolicy, gently, keep_all, prune
 
 NOW = datetime(2026, 5, 20, 10, 30, tzinfo=UTC)
 
@@ -93,6 +93,16 @@ def test_pruning_twice_prunes_nothing_more(points: list[RecoveryPoint]) -> None:
 def test_an_app_consistent_point_wins_its_window() -> None:
     points = [point(1, 5.2 * HOUR, app=True), point(2, 5.1 * HOUR), point(3, 4.1 * HOUR), point(4, 0)]
     assert prune(points, RetentionPolicy(((DAY, DAY),)), NOW) == [points[1], points[2]]
+
+
+def test_one_pruning_removes_the_oldest_and_at_most_half() -> None:
+    points = [point(number, 1000 - number) for number in range(7)]
+    jumped = NOW + timedelta(days=400)
+    victims = prune(points, RetentionPolicy(), jumped)
+    assert len(victims) == 6
+    assert gently(points, reversed(victims)) == points[:3]
+    assert gently(points, points[2:4]) == points[2:4]
+    assert gently([], []) == []
 
 
 def test_points_from_the_future_of_a_wrong_clock_stay() -> None:

@@ -39,7 +39,6 @@ FLAGS = [
 SIZE = ViewportSize(width=1440, height=1000)
 STEP = 120_000.0  # ms for one thing to appear: generous, for machines that do much else
 RUN = 400_000.0  # ms for the slow halves of a failover
-
 pytestmark = [
     pytest.mark.ui,
     pytest.mark.timeout(1500),
@@ -170,7 +169,7 @@ def test_a_person_fails_a_plan_over_in_the_web_ui(chromium: Browser, make_stack)
     machine = text.locator("li", has=text.get_by_role("link", name="crm-db01"))
     expect(machine).to_contain_text("starting machines ✓ — runs since")
     expect(text.get_by_text("crm-app01: making disks ✓ — 1 disk made")).to_be_visible()
-    me.picture("run-waiting.png", 1240)
+    me.picture("run-waiting.png", 1270)
     answer = json.loads(text.locator("pre").inner_text())  # what a person would copy
 
     # from there to the machine's own page

@@ -248,7 +248,12 @@ def test_errors_that_may_pass_are_waited_out_with_growing_patience() -> None:
     result, said = leg(world, clock, until_s=1000.0, stop_after_first=True, backoff_cap_s=6.0)
     assert (result.errors, result.points, result.last_error) == (5, 1, "")
     assert clock.now == pytest.approx(1 + 2 + 4 + 6 + 6)
-    assert any("no route" in progress.stage for progress in said)
+    waits = [
+        progress.stage
+        for progress in said
+        if progress.stage.startswith("waiting") and "after" in progress.stage
+    ]
+    assert waits == [f"waiting {seconds} s after: no route" for seconds in (1, 2, 4, 6, 6)]
 
 
 def test_errors_that_stay_end_the_leg() -> None:
@@ -291,6 +296,47 @@ def test_final_points_are_marked() -> None:
     world, clock = Recorded(), Clock()
     result, _ = leg(world, clock, final=True, stop_after_first=True)
     assert result.newest.final and result.stopped_because == "first point"
+
+
+def test_a_final_point_of_a_running_machine_is_refused_and_its_cut_released() -> None:
+    world, clock = Recorded(), Clock()
+    world.source.powered_off = False
+    with pytest.raises(FarshoreError, match="was not off") as caught:
+        leg(world, clock, final=True, stop_after_first=True)
+    assert (caught.value.code, caught.value.retryable) == (Code.FENCE_NOT_PROVEN, False)
+    assert world.store.points("vm") == [] and world.source.cuts == {}
+    result, _ = leg(world, clock, stop_after_first=True)
+    assert result.points == 1, "ordinary points are taken of running machines"
+
+
+def test_a_leg_that_slept_before_reaping_leaves_the_cut_of_its_successor_alone(monkeypatch) -> None:
+    world, clock = Recorded(), Clock()
+    world.source.cut("farshore-vm-0-7", want=CRASH)
+    real = world.store.acquire
+    successors = []
+
+    def acquire(machine, owner, **options):
+        writer = real(machine, owner, **options)
+        if not successors:
+            successor = real(machine, "successor")
+            successors.append(world.source.cut(f"farshore-vm-{successor.epoch}-1", want=CRASH))
+        return writer
+
+    monkeypatch.setattr(world.store, "acquire", acquire)
+    with pytest.raises(FarshoreError) as caught:
+        leg(world, clock)
+    assert caught.value.code is Code.REPLICA_FENCED
+    assert list(world.source.cuts.values()) == successors
+
+
+def test_files_reap_cuts_up_to_their_own_epoch(tmp_path: Path) -> None:
+    image = tmp_path / "a.img"
+    image.write_bytes(bytes(LEAF))
+    source = FileSource({"2000": image}, tmp_path / "work")
+    for name in ("farshore-a b-9-3", "farshore-a b-10-1", "farshore-a b-11-1"):
+        source.cut(name, want=CRASH)
+    assert source.reap("farshore-a b-10-0") == ["farshore-a%20b-10-1", "farshore-a%20b-9-3"]
+    assert source.reap() == ["farshore-a%20b-11-1"]
 
 
 def test_a_leg_hears_within_a_second_that_it_shall_stop(tmp_path: Path, monkeypatch) -> None:

@@ -174,8 +174,9 @@ async def test_nothing_is_touched_when_the_target_is_not_ready(lab: Harness) -> 
     failure = await lab.fails(world, RunKind.PLANNED)
     assert failure.error.code == Code.NOT_READY
     assert "8 cores are missing" in failure.error.message
-    assert world.asked("update_machine", "shut_down_source") == []
-    assert (await lab.status(world, "a")).state.main == "Protected"
+    assert world.asked("shut_down_source", "create_disk") == []
+    status = await lab.status(world, "a")
+    assert (status.state.main, status.holder) == ("Protected", "")
 
 
 async def test_a_subset_of_machines_fails_over_alone(lab: Harness) -> None:

@@ -269,6 +269,8 @@ class Stage:
             return next(w for w in self._by_plan.values() if w.plan.network.test == value.network)
         spec = getattr(value, "spec", None)
         machine = spec.machine if spec is not None else getattr(value, "machine", "")
+        if isinstance(value, m.StatusCall):
+            machine = value.machines[0]
         found = self._by_plan.get(machine.split("-", 1)[0])
         if found is None:
             raise FarshoreError(Code.PLAN_NOT_FOUND, f"There is no plan {plan!r}.", subject=str(plan))

@@ -276,7 +276,6 @@ def test_requests_that_fail_for_a_moment_do_not_cost_the_cycle(
 ) -> None:
     writer = store.acquire(guest.machine, "me")
     lab.faults.add("status", op="PutPage", count=2)
-    lab.faults.add("reset-after", op="PutPage", skip=3, count=1)
     lab.faults.add("reset-after", op="SnapshotBlob", count=1)
     lab.faults.add("status", op="SetBlobProperties", count=1)
     result = cycle(guest, writer)
@@ -284,6 +283,63 @@ def test_requests_that_fail_for_a_moment_do_not_cost_the_cycle(
     store.acquire(guest.machine, "next")
     frozen = [s.id for image in store.backend.images(f"{guest.machine}/") for s in image.snapshots]
     assert len(frozen) == 4, "the snapshot whose answer was lost was not reaped"
+
+
+@pytest.mark.parametrize(
+    ("action", "options"),
+    [
+        ("reset-before", {}),
+        ("reset-after", {}),
+        ("status", {"status": 500, "code": "OperationTimedOut"}),
+        ("status", {"status": 408, "code": "RequestTimeout"}),
+        ("status", {"status": 500, "code": "InternalError"}),
+        ("status", {"status": 503, "code": "ServiceUnavailable"}),
+    ],
+)
+@pytest.mark.parametrize("change", ["write", "clear", "resize"])
+def test_a_change_of_pages_whose_outcome_is_unknown_is_not_repeated(
+    backend: PageBlobBackend, lab: Lab, action: str, options: dict, change: str
+) -> None:
+    name = f"{uuid.uuid4().hex}/d/x.vhd"
+    backend.ensure_image(name, Kind.DISK, MIB, 5)
+    lab.faults.add(action, op="PutPage", blob=f"*{name}", count=1, **options)
+    lab.faults.counts.clear()
+    changes = {
+        "write": lambda: backend.write(name, 0, b"x" * 512, 5),
+        "clear": lambda: backend.clear(name, 0, 512, 5),
+        "resize": lambda: backend.resize_image(name, Kind.DISK, 2 * MIB, 5),
+    }
+    with pytest.raises(FarshoreError) as caught:
+        changes[change]()
+    assert caught.value.retryable and lab.faults.counts["PutPage"] <= 1
+
+
+def test_a_change_of_pages_that_was_refused_for_certain_is_repeated(
+    backend: PageBlobBackend, lab: Lab, monkeypatch
+) -> None:
+    monkeypatch.setattr(pageblobs, "_FIRST_PAUSE", 0.001)
+    name = f"{uuid.uuid4().hex}/d/x.vhd"
+    backend.ensure_image(name, Kind.DISK, MIB, 5)
+    lab.faults.add("status", op="PutPage", status=503, code="ServerBusy", count=2)
+    lab.faults.add("status", op="PutPage", status=429, code="TooManyRequests", skip=2, count=1)
+    backend.write(name, 0, b"x" * 512, 5)
+    assert backend.read(name, 0, 512) == b"x" * 512
+
+
+def test_a_lost_write_costs_the_epoch_so_that_it_is_refused_when_it_lands_later(
+    store: AzureReplicaStore, lab: Lab, guest: Guest
+) -> None:
+    lab.faults.add("reset-before", op="PutPage", blob=f"*/{guest.machine}/d/2000.vhd", skip=1, count=1)
+    naps: list[float] = []
+    plan = LegPlan(guest.machine, "me", 1.0, stop_after_first=True, pace=PACE)
+    result = run_leg(guest.source, store, plan, sleep=naps.append)
+    assert (result.errors, result.points) == (1, 1)
+    assert read(store, guest.machine, result.newest.id) == guest.content()
+    first, second = store.log(guest.machine).read().openings
+    blob = lab.blob(f"{guest.machine}/d/2000.vhd")
+    with pytest.raises(HttpResponseError) as late:
+        blob.upload_page(b"?" * 512, 0, 512, if_sequence_number_lte=first.epoch)
+    assert late.value.status_code == 412 and second.epoch > first.epoch
 
 
 def test_a_dead_storage_account_is_a_retryable_error(

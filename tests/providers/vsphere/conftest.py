@@ -12,6 +12,7 @@ from farshore.lab.vcenter import DEFAULT_PASSWORD, DEFAULT_USER, VCenterControl
 from farshore.lab.vcenter.service import LabVCenter
 from farshore.lab.vcenter.settings import Settings
 from farshore.providers.vsphere import VSphereSettings, VSphereSite
+from farshore.providers.vsphere.snapshots import Snapshots
 
 MIB = 1 << 20
 _numbers = itertools.count(1)
@@ -88,6 +89,15 @@ async def site_of(settings_of):
 @pytest.fixture
 def site(site_of):
     return site_of()
+
+
+def leave(site, vm, *snapshots):
+    """Snapshots that a dead worker of ours left. Blocking."""
+    entry = site._inventory.find(vm)
+    for name in snapshots:
+        Snapshots(site._client, entry).create(
+            name, "Farshore replicates m; removed by itself.", quiesce=False
+        )
 
 
 class Replica:

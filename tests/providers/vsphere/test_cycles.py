@@ -6,8 +6,14 @@ import asyncio
 
 import pytest
 
+from farshore.domain.errors import Code, FarshoreError
 from farshore.domain.points import Consistency
+from farshore.providers.ports import Severity
 from farshore.providers.vsphere import source as module
+from farshore.providers.vsphere.client import Client
+from farshore.providers.vsphere.snapshots import Snapshots
+from farshore.replication.engine import run_cycle
+from farshore.replication.filestore import FileReplicaStore
 from farshore.replication.ports import Extent
 
 MIB = 1 << 20
@@ -102,6 +108,59 @@ async def test_a_powered_off_machine_is_replicated_as_well(control, machine, rep
     await asyncio.to_thread(run)
 
 
+async def test_a_cut_tells_whether_the_machine_was_off(control, machine, replica_of, monkeypatch):
+    vm = machine()
+    replica = await replica_of(vm)
+
+    def cut_off():
+        cut = replica.cut()
+        cut.release()
+        return cut.powered_off
+
+    create = Snapshots.create
+
+    def started_meanwhile(self, *args, **options):
+        node = create(self, *args, **options)
+        control.power_on(vm)
+        return node
+
+    def run():
+        assert not cut_off()
+        control.power_off(vm)
+        assert cut_off()
+        monkeypatch.setattr(Snapshots, "create", started_meanwhile)
+        assert not cut_off()
+        monkeypatch.setattr(Snapshots, "create", create)
+        control.power_off(vm)
+        read = Client.read
+
+        def stale(self, reference, paths, **rest):
+            values = read(self, reference, paths, **rest)
+            lost = "runtime.connectionState" in values and len(paths) == 2
+            return values | ({"runtime.connectionState": "disconnected"} if lost else {})
+
+        monkeypatch.setattr(Client, "read", stale)
+        assert not cut_off()
+
+    await asyncio.to_thread(run)
+
+
+async def test_a_final_point_of_a_running_machine_is_refused(control, machine, site, tmp_path):
+    vm = machine()
+    store = FileReplicaStore(tmp_path, durable=False)
+
+    def run():
+        source, writer = site.open_source("m", vm), store.acquire("m", "test")
+        with pytest.raises(FarshoreError, match="was not off") as caught:
+            run_cycle(source, writer, machine="m", want=Consistency.CRASH, final=True)
+        assert (caught.value.code, caught.value.retryable) == (Code.FENCE_NOT_PROVEN, False)
+        assert control.vm(vm)["snapshots"] == [] and store.points("m") == []
+        control.power_off(vm)
+        assert run_cycle(source, writer, machine="m", want=Consistency.CRASH, final=True).point.final
+
+    await asyncio.to_thread(run)
+
+
 async def test_over_reported_areas_are_harmless(control, machine, replica_of):
     vm = machine()
     control.settings(defect_over_report=True)
@@ -126,6 +185,21 @@ async def test_an_independent_disk_is_left_out(control, machine, replica_of):
         return [state.key for state in cut.disks]
 
     assert await asyncio.to_thread(run) == ["2000"]
+
+
+async def test_a_disk_that_became_independent_is_shown_as_not_protected(control, machine, replica_of, site):
+    vm = machine(4 * MIB, {"size": 4 * MIB, "label": "Data"})
+    replica = await replica_of(vm)
+    await asyncio.to_thread(replica.cycle_and_check, control, vm)
+    assert (await site.inspect(vm)).findings == ()
+    control.power_off(vm)
+    control.set_disk(vm, 1, mode="independent_persistent")
+    control.power_on(vm)
+    seen = await site.inspect(vm)
+    assert [(d.label, d.eligible) for d in seen.disks] == [("Hard disk 1", True), ("Data", False)]
+    assert "independent" in seen.disks[1].reason
+    warning = next(f for f in seen.findings if "Data" in f.message)
+    assert warning.severity is Severity.WARNING and "is not protected" in warning.message
 
 
 async def test_the_label_says_what_was_achieved(control, machine, site):

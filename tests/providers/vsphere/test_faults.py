@@ -18,6 +18,10 @@ from farshore.domain.errors import Code, FarshoreError
 from farshore.domain.points import Consistency
 from farshore.lab.vcenter import DEFAULT_PASSWORD, DEFAULT_USER, VCenterControl
 from farshore.providers.vsphere import VSphereSettings, VSphereSite
+from farshore.providers.vsphere.snapshots import Snapshots
+from farshore.providers.vsphere.transport import PinnedConnection
+
+from .conftest import leave
 
 MIB = 1 << 20
 CRASH = Consistency.CRASH
@@ -89,6 +93,33 @@ async def test_many_threads_that_find_the_session_gone_log_in_once(control, mach
     control.kill_sessions()
     await asyncio.gather(*(site.inspect(vm) for _ in range(8)))
     assert calls(control, "Login") == 1
+
+
+async def test_a_late_answer_to_the_old_session_does_not_spoil_the_new_one(
+    control, machine, site, monkeypatch
+):
+    """A real vCenter hands a new cookie to every request without a living session, pyVmomi keeps the last one."""
+    vm = machine()
+    await site.inspect(vm)
+    original, turn = PinnedConnection.getresponse, threading.Lock()
+
+    def getresponse(self):
+        response = original(self)
+        if response.status == 500:  # NotAuthenticated
+            response.headers["Set-Cookie"] = 'vmware_soap_session="stray"'
+            if turn.acquire(blocking=False):  # the first one arrives after another thread has logged in
+                deadline = time.monotonic() + 10
+                while site._client.generation == 1:
+                    assert time.monotonic() < deadline
+                    time.sleep(0.01)
+        return response
+
+    monkeypatch.setattr(PinnedConnection, "getresponse", getresponse)
+    control.clear_requests()
+    control.kill_sessions()
+    await asyncio.gather(site.inspect(vm), site.inspect(vm))
+    assert calls(control, "Login") == 1
+    assert site._client.cookie() != 'vmware_soap_session="stray"'
 
 
 async def test_a_long_silence_is_bridged_by_keep_alive(control, machine, site_of):
@@ -274,22 +305,82 @@ async def test_release_works_after_the_session_was_killed(control, machine, site
 async def test_reap_removes_what_a_dead_predecessor_left_and_nothing_else(control, machine, site):
     vm = machine()
     control.snapshot(vm, "before patch")
-    control.snapshot(vm, "farshore-m-1-1")
-    control.snapshot(vm, "farshore-m-1-2")
+    await asyncio.to_thread(leave, site, vm, "farshore-m-1-1", "farshore-m-1-2")
     source = site.open_source("m", vm)
     assert sorted(await asyncio.to_thread(source.reap)) == ["farshore-m-1-1", "farshore-m-1-2"]
     assert names(control, vm) == ["before patch"]
     assert await asyncio.to_thread(source.reap) == []
 
 
-async def test_an_old_snapshot_of_the_same_name_is_never_taken_for_a_new_cut(control, machine, replica_of):
+PEOPLES = ["farshore-before-patch", "farshore-m-1-1", "farshore-enable-tracking"]
+
+
+@pytest.mark.parametrize("name", PEOPLES)
+async def test_a_snapshot_of_a_person_that_is_named_like_ours_is_never_removed(control, machine, site, name):
+    vm = machine()
+    control.snapshot(vm, name)
+    source = site.open_source("m", vm)
+    assert await asyncio.to_thread(source.reap) == []
+    assert await asyncio.to_thread(source.reap, "farshore-m-9-0") == []
+    assert await site.reap(vm) == []
+    with failing(Code.SOURCE_NOT_ELIGIBLE, f"'{name}'"):
+        await asyncio.to_thread(source.cut, "farshore-m-1-1", want=CRASH)
+    with failing(Code.SOURCE_NOT_ELIGIBLE, f"'{name}'"):
+        await site.enable_tracking(vm)
+    assert names(control, vm) == [name]
+
+
+async def test_every_snapshot_that_we_take_is_recognised_as_ours(control, machine, site, monkeypatch):
+    """The creator and the reaper agree: what a worker leaves when it dies at once is removed by the next one."""
+    vm = machine()
+    monkeypatch.setattr(Snapshots, "remove", lambda self, reference, name: None)  # it dies before
+    await site.enable_tracking(vm)
+    assert names(control, vm) == ["farshore-enable-tracking"]
+    monkeypatch.undo()
+    source = site.open_source("m", vm)
+    assert await asyncio.to_thread(source.reap, "farshore-m-1-0") == ["farshore-enable-tracking"]
+    await asyncio.to_thread(source.cut, "farshore-m-1-1", want=CRASH)
+    assert await asyncio.to_thread(source.reap, "farshore-m-2-0") == ["farshore-m-1-1"]
+    assert names(control, vm) == []
+    with pytest.raises(ValueError, match="farshore-before-patch"):
+        await asyncio.to_thread(source.cut, "farshore-before-patch", want=CRASH)
+
+
+async def test_a_stale_leg_does_not_reap_the_snapshot_of_its_successor(control, machine, site):
+    """It slept between taking its epoch and reaping; meanwhile a successor took the next epoch and cut."""
+    vm = machine()
+    await asyncio.to_thread(leave, site, vm, "farshore-m-5-9", "farshore-m-7-1")
+    source = site.open_source("m", vm)
+    with failing(Code.SOURCE_BUSY, "newer writer") as caught:
+        await asyncio.to_thread(source.reap, "farshore-m-6-0")
+    assert caught.value.retryable  # the leg looks at its epoch again, and ends
+    assert names(control, vm) == ["farshore-m-5-9", "farshore-m-7-1"]
+    assert sorted(await asyncio.to_thread(source.reap, "farshore-m-7-0")) == [
+        "farshore-m-5-9",
+        "farshore-m-7-1",
+    ]
+
+
+async def test_the_site_reaps_what_an_ended_protection_left_and_is_safe_to_repeat(control, machine, site):
+    vm = machine()
+    control.snapshot(vm, "before patch")
+    await asyncio.to_thread(leave, site, vm, "farshore-m-7-3", "farshore-enable-tracking")
+    assert sorted(await site.reap(vm)) == ["farshore-enable-tracking", "farshore-m-7-3"]
+    assert await site.reap(vm) == []
+    assert names(control, vm) == ["before patch"]
+
+
+async def test_an_old_snapshot_of_the_same_name_is_never_taken_for_a_new_cut(
+    control, machine, replica_of, site
+):
     """A final cycle after the shutdown must hold what the guest wrote last."""
     vm = machine()
     replica = await replica_of(vm)
-    control.snapshot(vm, "farshore-m-1-1")
-    control.guest_write(vm, 0, 0, b"the last record")
+    control.guest_write(vm, 0, 0, b"an old record !")
 
     def run():
+        leave(site, vm, "farshore-m-1-1")
+        control.guest_write(vm, 0, 0, b"the last record")
         cut = replica.cut()
         assert cut.name == "farshore-m-1-1"
         assert cut.read("2000", 0, 15) == b"the last record"
@@ -300,7 +391,7 @@ async def test_an_old_snapshot_of_the_same_name_is_never_taken_for_a_new_cut(con
 
 async def test_a_zombie_does_not_touch_the_snapshot_of_a_newer_writer(control, machine, site):
     vm = machine()
-    control.snapshot(vm, "farshore-m-7-1")
+    await asyncio.to_thread(leave, site, vm, "farshore-m-7-1")
     source = site.open_source("m", vm)
     with failing(Code.SOURCE_BUSY, "newer writer"):
         await asyncio.to_thread(source.cut, "farshore-m-6-900", want=CRASH)
@@ -315,7 +406,10 @@ async def test_a_creation_that_a_predecessor_started_is_waited_for_and_its_snaps
     client, entry = site._client, await asyncio.to_thread(site._inventory.find, vm)
     create = entry.reference.CreateSnapshot_Task
     await asyncio.to_thread(
-        client.call, "x", lambda: create("farshore-m-1-1", "", False, False), reading=False
+        client.call,
+        "x",
+        lambda: create("farshore-m-1-1", "Farshore replicates m.", False, False),
+        reading=False,
     )
     source = site.open_source("m", vm)
 

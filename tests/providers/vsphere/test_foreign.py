@@ -108,7 +108,7 @@ async def test_snapshots_are_taken_found_and_removed_and_tasks_waited_for(vcsim)
     def run():
         entry = vcsim._inventory.find("DC0_C0_RP0_VM2")
         snapshots = Snapshots(vcsim._client, entry)
-        node = snapshots.create("farshore-m-1-1", "test", quiesce=True)
+        node = snapshots.create("farshore-m-1-1", "Farshore tests.", quiesce=True)
         assert node.quiesced
         assert snapshots.clear() == ["farshore-m-1-1"]
         assert snapshots.tree() == []

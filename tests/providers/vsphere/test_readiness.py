@@ -36,13 +36,13 @@ def disk(backing=None, key=2000, **fields):
     )
 
 
-def snapshot_tree(*names):
+def snapshot_tree(*names, description="Farshore replicates web; removed by itself."):
     nodes = [
         vim.vm.SnapshotTree(
             snapshot=vim.vm.Snapshot(f"snapshot-{i}"),
             vm=vim.VirtualMachine("vm-1"),
             name=name,
-            description="",
+            description=description,
             id=i,
             createTime=datetime(2026, 1, 1, tzinfo=UTC),
             state="poweredOff",
@@ -129,14 +129,21 @@ def test_a_descriptor_that_cannot_be_read_refuses_the_disk():
         ({"capability__changeTrackingSupported": False}, "does not support"),
         ({"snapshot": snapshot_tree("before patch")}, "'before patch'"),
         ({"snapshot": snapshot_tree("farshore-web-1-2", "nightly")}, "'nightly'"),
+        ({"snapshot": snapshot_tree("farshore-before-patch")}, "'farshore-before-patch'"),
+        ({"snapshot": snapshot_tree("farshore-web-1-2", description="")}, "'farshore-web-1-2'"),
+        (
+            {"snapshot": snapshot_tree("farshore-web-1-2", description="My Farshore copy")},
+            "'farshore-web-1-2'",
+        ),
     ],
 )
 def test_a_machine_that_cannot_be_replicated_says_why(values, says):
     assert says in machine_reason(machine(**values))
 
 
-def test_our_own_snapshot_is_no_obstacle():
-    assert machine_reason(machine(snapshot=snapshot_tree("farshore-web-1-2"))) == ""
+@pytest.mark.parametrize("name", ["farshore-web-1-2", "farshore-web-12-0-7", "farshore-enable-tracking"])
+def test_our_own_snapshot_is_no_obstacle(name):
+    assert machine_reason(machine(snapshot=snapshot_tree(name))) == ""
 
 
 def test_tracking_that_is_not_ready_is_a_warning_not_an_error():

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import asyncio
 from dataclasses import replace
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 
 import pytest
 
 from farshore.domain.errors import Code, FarshoreError
 from farshore.domain.points import Consistency
 from farshore.providers.vsphere import areas
+from farshore.providers.vsphere import source as module
+from farshore.providers.vsphere.machine import Machine
 from farshore.providers.vsphere.source import parse_tracker, resync_reason
 from farshore.replication.ports import DiskState, FullCopyNeeded
 
@@ -89,8 +91,29 @@ async def test_the_machine_was_reverted(control, machine, replica_of):
     assert reason.startswith("the machine was reverted to a snapshot at 20")
 
 
-async def test_a_revert_is_remembered_until_a_later_point_is_committed(control, machine, replica_of):
+async def test_a_revert_is_found_although_the_hosts_clock_is_ahead_of_vcenters(control, machine, replica_of):
+    """The tracker has the snapshot's time, by the host's clock; the history has vCenter's."""
     vm = machine()
+    control.settings(revert_changes_epoch=False)
+
+    def ahead(state):
+        change_id, moment = parse_tracker(state.tracker)
+        return replace(state, tracker=f"{change_id}@{(moment + timedelta(minutes=4)).isoformat()}")
+
+    def revert():
+        control.snapshot(vm, "s")
+        control.revert(vm, "s")
+        control.remove_snapshot(vm, "s")
+
+    reason = await reason_after(control, vm, await replica_of(vm), revert, change_since=ahead)
+    assert reason.startswith("the machine was reverted to a snapshot at 20")
+
+
+async def test_a_revert_is_remembered_until_a_later_point_is_committed(
+    control, machine, replica_of, monkeypatch
+):
+    vm = machine()
+    monkeypatch.setattr(module, "CLOCKS_APART", timedelta(0))  # five minutes of doubt would have to pass
     control.settings(revert_changes_epoch=False)
     replica = await replica_of(vm)
 
@@ -267,6 +290,31 @@ async def test_links_that_were_left_behind_are_consolidated_before_the_cut(contr
         replica.cycle_and_check(control, vm)
 
     await asyncio.to_thread(run)
+
+
+async def test_a_link_below_ours_passes_with_the_next_consolidation(
+    control, machine, replica_of, monkeypatch
+):
+    """A consolidation that vCenter does not report yet must cost a cycle, not the protection."""
+    vm = machine()
+    replica = await replica_of(vm)
+
+    def run():
+        replica.cycle_and_check(control, vm)
+        control.snapshot(vm, "s")
+        control.guest_fill(vm, 0, 0, MIB, seed=5)
+        control.remove_snapshot(vm, "s", consolidate=False)
+        with monkeypatch.context() as patch:
+            patch.setattr(Machine, "consolidation_needed", property(lambda self: False))
+            with pytest.raises(FarshoreError, match=r"Hard disk 1 .* lies on top of another one") as caught:
+                replica.cut()
+        assert caught.value.code is Code.SOURCE_NOT_ELIGIBLE
+        assert (caught.value.retryable, caught.value.retry_after) == (True, 30.0)
+        assert "consolidation" in caught.value.info.possible_causes[0]
+        replica.cycle_and_check(control, vm)
+
+    await asyncio.to_thread(run)
+    assert control.vm(vm)["snapshots"] == []
 
 
 async def test_a_revert_is_found_by_a_worker_that_did_not_make_the_last_point(

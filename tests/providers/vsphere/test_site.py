@@ -6,6 +6,7 @@ import asyncio
 import time
 
 import pytest
+from pyVmomi import vim
 
 from farshore.domain.errors import Code, FarshoreError
 from farshore.domain.points import Consistency
@@ -14,6 +15,7 @@ from farshore.lab.vcenter.service import LabVCenter
 from farshore.providers.ports import Power, Severity
 from farshore.providers.vsphere import VSphereSite
 from farshore.providers.vsphere.client import Client
+from farshore.providers.vsphere.inventory import Entry, Inventory, split_pin
 
 MIB = 1 << 20
 
@@ -95,6 +97,76 @@ async def test_a_machine_that_was_replaced_by_another_of_its_name_is_noticed(con
     control.create_vm(vm, [MIB])
     second = await site.inspect(vm)
     assert first.id != second.id
+
+
+async def test_a_pinned_machine_is_found_by_its_id_and_never_replaced_by_another_of_its_name(
+    control, machine, site
+):
+    vm = machine(power="poweredOff")
+    first = (await site.inspect(vm)).id
+    pinned = f"{vm}#{first.upper()}"
+    assert (await site.inspect(pinned)).id == first
+    assert (await site.inspect(f"/DC0/vm/{vm}#{first}")).id == first
+    control.destroy_vm(vm)
+    error = await failure(site.inspect(pinned))
+    assert error.code is Code.SOURCE_MACHINE_NOT_FOUND
+    assert "the machine with this id is gone" in error.info.message
+    control.create_vm(vm, [MIB])
+    await site.inspect(vm)
+    source = site.open_source("m", pinned)
+    steps = [
+        lambda: site.inspect(pinned),
+        lambda: site.enable_tracking(pinned),
+        lambda: site.shut_down(pinned, guest_timeout=1, force=True, checkpoint=Ticks()),
+        lambda: site.prove_off(pinned),
+        lambda: site.power_on(pinned),
+        lambda: site.reap(pinned),
+        lambda: asyncio.to_thread(source.reap),
+        lambda: asyncio.to_thread(source.cut, "farshore-m-1-1", want=Consistency.CRASH),
+    ]
+    for step in steps:
+        error = await failure(step())
+        assert error.code is Code.SOURCE_MACHINE_NOT_FOUND
+        assert "another machine has this name now" in error.info.message
+        assert control.vm(vm)["instance_uuid"] in error.info.message
+    seen = await site.inspect(vm)
+    assert (seen.power, seen.tracking) == (Power.ON, False)
+    assert control.vm(vm)["snapshots"] == []
+
+
+ONE, TWO = "50210000-0000-0000-0000-00000000000a", "50210000-0000-0000-0000-00000000000b"
+KNOWN = [  # (name, instance UUID) of all machines; what a source means, or what the error says
+    ([("web", ONE), ("db", TWO)], f"web#{ONE}", ONE),
+    ([("web-old", ONE), ("db", TWO)], f"web#{ONE}", ONE),  # renamed
+    ([("web", ONE), ("web", TWO)], f"web#{TWO}", TWO),  # the name is not unique, the id is
+    ([("web-old", ONE), ("web", TWO)], f"web#{ONE}", "another machine has this name now"),
+    ([("web", TWO)], f"web#{ONE}", "another machine has this name now"),
+    ([("db", TWO)], f"web#{ONE}", "the machine with this id is gone"),
+    ([("web#3", ONE)], "web#3", ONE),
+    ([("web#3", ONE), ("web", TWO)], f"web#3#{ONE}", ONE),
+    ([(f"web#{TWO}", ONE)], f"web#{TWO}#{ONE}", ONE),
+]
+
+
+@pytest.mark.parametrize(("machines", "source", "expected"), KNOWN)
+def test_which_machine_a_pinned_source_means(site, monkeypatch, machines, source, expected):
+    entries = [
+        Entry(vim.VirtualMachine(f"vm-{n}"), name, f"DC{n}/vm/{name}", f"DC{n}", f"u{n}", identity)
+        for n, (name, identity) in enumerate(machines)
+    ]
+    monkeypatch.setattr(Inventory, "_known", lambda self, fresh: entries)
+    monkeypatch.setattr(Inventory, "_still", lambda self, entry, source: True)
+    try:
+        found = site._inventory.find(source).instance_uuid
+    except FarshoreError as error:
+        found = error.info.message
+    assert expected in found
+
+
+def test_only_a_uuid_behind_the_last_hash_is_an_id():
+    assert split_pin(f"a#b#{ONE.upper()}") == ("a#b", ONE)
+    for source in ("web", "web#3", f"#web#{ONE}x", ONE):
+        assert split_pin(source) == (source, "")
 
 
 async def test_many_machines_cost_one_bulk_read(control, machine, site):
