@@ -88,6 +88,7 @@ class SourceActivities:
                 until_s=call.until_seconds,
                 stop_after_first=call.stop_after_first,
                 resync=call.force_full,
+                asked_at=activity.info().current_attempt_scheduled_time,
             ),
         )
         return m.LegReport(
@@ -114,6 +115,7 @@ class SourceActivities:
                 until_s=call.patience,
                 stop_after_first=True,
                 final=True,
+                asked_at=activity.info().current_attempt_scheduled_time,
             ),
         )
         if done.points == 0 or done.newest is None:

@@ -50,24 +50,35 @@ def main() -> int:
     root = options.root or Path(tempfile.mkdtemp(prefix="farshore-demo-"))
     stack = Stack(root, machines=MACHINES)
     begun = time.monotonic()
+    for number in (
+        signal.SIGINT,
+        signal.SIGTERM,
+    ):  # also where the shell had it ignored, as for background jobs
+        signal.signal(number, _interrupt)
+    code = 1
     try:
         code = _story(stack, patience)
         console.print(f"\nThe whole demo took {time.monotonic() - begun:.0f} s.")
         if not options.exit and code == 0:
             console.print(f"Everything stays up: [bold]{stack.ui}[/] — Ctrl-C ends it.")
-            signal.sigwait({signal.SIGINT, signal.SIGTERM})
+            while True:
+                signal.pause()  # until a signal raises KeyboardInterrupt
         return code
     except KeyboardInterrupt:
-        console.print("\nInterrupted.")
-        return 130
+        console.print("\nEnding.")
+        return code if code == 0 else 130
     except (DemoFailed, StackError) as error:
         console.print(f"\n[bold red]The demo failed:[/] {escape(str(error))}")
         console.print(f"Logs: {root / 'logs'}")
         return 1
     finally:
         stack.stop()
-        if options.root is None and "code" in locals() and not locals()["code"]:
+        if options.root is None and code == 0:
             stack.remove()
+
+
+def _interrupt(_number: int, _frame: object) -> None:
+    raise KeyboardInterrupt
 
 
 def _story(stack: Stack, patience: float) -> int:
