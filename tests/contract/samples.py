@@ -75,4 +75,8 @@ def message(kind: type[BaseModel], *, full: bool) -> BaseModel:
             values[name] = sample(hints[name], full=full)
     if "points" in values and "machines" in values and isinstance(values["points"], dict):
         values["machines"] = tuple(values["points"])  # FailoverInput: points only of machines of the run
+    if kind.__name__ == "FailoverInput" and full:  # its fields depend on each other
+        values["kind"] = "unplanned"
+        values["point"] = "latest"
+        values["points"] = dict.fromkeys(values["points"], "p-0000000001-00000000")
     return kind(**values)

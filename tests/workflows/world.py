@@ -365,7 +365,7 @@ class Stage:
         if not call.stop_after_first and not (world.leg_ends and world.leg_ends(call)):
             await asyncio.sleep(call.until_seconds)
         return m.LegReport(
-            cycles=1, newest=newest, full_copies=1, bytes_shipped=1 << 20, stopped_because="time"
+            cycles=1, points=1, newest=newest, full_copies=1, bytes_shipped=1 << 20, stopped_because="time"
         )
 
     async def _final_cycle(self, world: World, call: m.FinalCycleCall) -> PointView:

@@ -119,16 +119,21 @@ async def test_a_cut_tells_whether_the_machine_was_off(control, machine, replica
 
     create = Snapshots.create
 
-    def started_meanwhile(self, *args, **options):
-        node = create(self, *args, **options)
-        control.power_on(vm)
-        return node
+    def meanwhile(happens):
+        def creating(self, *args, **options):
+            node = create(self, *args, **options)
+            happens(vm)
+            return node
+
+        monkeypatch.setattr(Snapshots, "create", creating)
 
     def run():
         assert not cut_off()
-        control.power_off(vm)
+        meanwhile(control.power_off)
+        assert not cut_off()
+        monkeypatch.setattr(Snapshots, "create", create)
         assert cut_off()
-        monkeypatch.setattr(Snapshots, "create", started_meanwhile)
+        meanwhile(control.power_on)
         assert not cut_off()
         monkeypatch.setattr(Snapshots, "create", create)
         control.power_off(vm)
