@@ -365,7 +365,8 @@ MUTANTS = [
     removal_ignores_holds,
     returning_disk_believed_empty,
     table_never_checked,
-    table_kept_after_failure,
+    # Few stories notice this one: minutes of telling, so it belongs to the long versions.
+    pytest.param(table_kept_after_failure, marks=[pytest.mark.slow, pytest.mark.timeout(1800)]),
 ]
 
 
