@@ -10,5 +10,4 @@ class Exit(IntEnum):
     FAILED = 1
     BAD_INPUT = 2
     PARTIAL = 3
-    WAITING = 4
     UNREACHABLE = 5

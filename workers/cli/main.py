@@ -1,7 +1,6 @@
 """Entry points and the frame of every command: errors for people, exit codes for scripts, a clean end.
 
-Exit codes: 0 done · 1 the run failed · 2 bad input or settings · 3 partially succeeded · 4 the run waits for a person
-(with --no-wait or when the time is up) · 5 Temporal does not answer.
+Exit codes: 0 done · 1 the run failed · 2 bad input or settings · 3 partially succeeded · 5 Temporal does not answer.
 """
 
 from __future__ import annotations
