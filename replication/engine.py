@@ -15,6 +15,7 @@ leaves those are shipped whose hash differs from the leaf table, and all in torn
 
 Threads: a few workers each take a piece of at most 4 MiB through read, hash, compare and write, so memory is bounded by
 workers x 4 MiB (and the leaf tables, 256 MiB per TiB). The calling thread reports progress and looks whether to stop.
+Without workers (`Pace.workers` 0) it copies as well, one piece after the other: always in the same order.
 """
 
 from __future__ import annotations
@@ -54,7 +55,7 @@ class Stopped(Exception):
 class Pace:
     """How a cycle uses the machine it runs on. Sizes in bytes."""
 
-    workers: int = 4
+    workers: int = 4  # threads; 0: the calling thread does it all, in an order that never varies
     piece: int = 4 << 20  # the most a worker holds, and the most of one write
     window: int = 256 << 20  # how much may have to be shipped again after a crash
     limit: TokenBucket | None = None  # of bytes shipped
@@ -208,13 +209,17 @@ class _Run:
         """Everything up to, and without, the commit."""
         tasks = [self._plan(state, resync) for state in self._cut.disks]
         self._total = sum(total(task.visit) for task in tasks)
-        with ThreadPoolExecutor(self._pace.workers, thread_name_prefix=f"copy-{machine}") as pool:
-            try:
-                for task in tasks:
-                    self._copy_disk(pool, task)
-            except BaseException:
-                self._halt.set()
-                raise
+        if self._pace.workers == 0:
+            for task in tasks:
+                self._copy_disk(None, task)
+        else:
+            with ThreadPoolExecutor(self._pace.workers, thread_name_prefix=f"copy-{machine}") as pool:
+                try:
+                    for task in tasks:
+                        self._copy_disk(pool, task)
+                except BaseException:
+                    self._halt.set()
+                    raise
         self._check()
         self._tell("freezing", "")
         frozen = [(task, self._writer.freeze(self._cycle, task.state.key)) for task in tasks]
@@ -288,7 +293,7 @@ class _Run:
             visit = normalise([*changed, *left.touched], state.size)
         return _Task(state, disk, visit, normalise(left.torn, state.size), full, total(changed))
 
-    def _copy_disk(self, pool: ThreadPoolExecutor, task: _Task) -> None:
+    def _copy_disk(self, pool: ThreadPoolExecutor | None, task: _Task) -> None:
         table = task.disk.leaves()
         torn = _leaf_marks(task.torn, task.state.size)
         groups = list(batches(task.visit, self._pace.window))
@@ -297,12 +302,25 @@ class _Run:
             task.disk.intend(area)
             changed: list[Extent] = []
             pieces = split(area, self._pace.piece)
-            for extents in self._through(pool, pieces, task, table, torn):
+            if pool is None:
+                copied = self._one_by_one(pieces, task, table, torn)
+            else:
+                copied = self._through(pool, pieces, task, table, torn)
+            for extents in copied:
                 changed += extents
             task.disk.flush()
             task.disk.put_leaves(leaves.table_ranges(normalise(changed, task.state.size)))
             if index + 1 < len(groups):
                 task.disk.settle()
+
+    def _one_by_one(
+        self, pieces: Iterator[Extent], task: _Task, table: bytearray, torn: bytearray | None
+    ) -> Iterator[list[Extent]]:
+        for piece in pieces:
+            self._check()
+            yield self._piece(task, piece, table, torn)
+            self._done += piece.length
+            self._tell_copying(task)
 
     def _through(
         self,
@@ -328,7 +346,7 @@ class _Run:
                 for future in done:
                     self._done += waiting.pop(future)
                     yield future.result()
-                self._tell("comparing all bytes" if task.full else "copying changes", task.state.label)
+                self._tell_copying(task)
         finally:
             for future in waiting:
                 future.cancel()
@@ -368,6 +386,9 @@ class _Run:
         if self._should_stop():
             self._halt.set()
             raise Stopped
+
+    def _tell_copying(self, task: _Task) -> None:
+        self._tell("comparing all bytes" if task.full else "copying changes", task.state.label)
 
     def _tell(self, stage: str, disk: str) -> None:
         self._sink(Progress(stage, disk, self._done, self._total, self._cycle))
