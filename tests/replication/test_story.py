@@ -459,7 +459,9 @@ def test_the_stories_catch(
         tell(seed)  # without the mutant it is true
     mutant(monkeypatch)
     blind = [seed for seed in kept if not caught(seed)]
-    assert not blind, f"stories {blind} no longer notice: find others (python -m tests.replication.test_story {mutant.__name__})"
+    assert not blind, (
+        f"stories {blind} no longer notice: find others (python -m tests.replication.test_story {mutant.__name__})"
+    )
 
 
 if __name__ == "__main__":  # a search for stories that notice a mutant: some need hundreds
