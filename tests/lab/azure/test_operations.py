@@ -26,6 +26,7 @@ async def follow(azure, url: str):
 
 async def test_a_disk_answers_202_with_both_urls_and_ends_with_the_disk(azure, wait_until) -> None:
     path = f"/resourceGroups/{RG}/providers/Microsoft.Compute/disks/d1"
+    await azure.ctl(azure.control.time_scale, 0.5)  # slow enough to be seen under way, also on a busy machine
     first = await send(azure, "PUT", path, "2026-03-02", EMPTY)
     assert first.status_code == 202
     assert first.json()["properties"]["provisioningState"] == "Updating"
