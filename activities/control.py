@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from temporalio import activity
-from temporalio.client import Client, WorkflowUpdateFailedError
+from temporalio.client import Client, WorkflowExecutionStatus, WorkflowUpdateFailedError
 from temporalio.common import (
     SearchAttributePair,
     TypedSearchAttributes,
@@ -118,12 +118,38 @@ class ControlActivities:
             raise
         except RPCError as error:
             if error.status is RPCStatusCode.NOT_FOUND:
-                raise FarshoreError(
-                    Code.MACHINE_NOT_PROTECTED, f"{call.machine} is not protected.", subject=call.machine
-                ) from None
+                raise await self._not_protected(call.machine) from None
             raise FarshoreError(
                 Code.TEMPORAL_UNREACHABLE, f"Temporal answered {error.status.name}."
             ) from error
+
+    async def _not_protected(self, machine: str) -> FarshoreError:
+        """Why no protection workflow of a machine answers: it never began, was disabled, or was ended by hand and has
+        left its replica. `details["disabled"]` tells the second from the rest."""
+        try:
+            description = await self._client.get_workflow_handle(names.protection_id(machine)).describe()
+            ended = description.status
+        except RPCError as error:
+            if error.status is not RPCStatusCode.NOT_FOUND:
+                raise
+            ended = None
+        if ended in (None, WorkflowExecutionStatus.COMPLETED):
+            disabled = ended is not None
+            return FarshoreError(
+                Code.MACHINE_NOT_PROTECTED,
+                f"{machine} is not protected{': its protection was disabled' if disabled else ''}.",
+                subject=machine,
+                details={"disabled": disabled},
+            )
+        return FarshoreError(
+            Code.MACHINE_NOT_PROTECTED,
+            f"{machine} is not protected: its workflow {names.protection_id(machine)} was ended from outside "
+            f"({ended.name.lower()}). Its replica may still be there.",
+            subject=machine,
+            causes=("Somebody terminated the workflow in Temporal.",),
+            action="Run protect for it; to delete the replica, run disable after that.",
+            details={"ended_by_hand": True},
+        )
 
     async def _is_running(self, holder: str) -> bool:
         """Whether the very run that holds a lock goes on (a reset run is the same one, a new run of the same id is not)."""

@@ -70,8 +70,8 @@ class Beat:
 
     async def keep(self) -> None:
         while True:
+            await asyncio.sleep(_BEAT)  # first: a step that ends before costs the server no call
             activity.heartbeat(self._details)
-            await asyncio.sleep(_BEAT)
 
 
 @contextlib.asynccontextmanager

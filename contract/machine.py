@@ -83,7 +83,7 @@ class Settle(Message):
     error: ErrorView | None = None
     point: PointView | None = None
     made: tuple[ResourceView, ...] = ()
-    source_stopped: bool = False  # cancelled: the source was, or may have been, shut down
+    source_stopped: bool = False  # this run has shut the source down, or may have
     source_may_lack_changes: bool = False  # cancel: the reverse of what the replica got is unknown
 
 
@@ -120,6 +120,8 @@ class MachineStatus(Message):
     target_site: str = ""
     source_site: str = ""
     source: str = ""  # name at the source, and behind "#" the id that was pinned when protection was enabled
+    source_off: bool = False  # a failover shut the source down, or may have; none has started it since
+    tested: tuple[ResourceView, ...] = ()  # what the open test made
 
 
 class ProtectionState(Message):
@@ -130,6 +132,9 @@ class ProtectionState(Message):
     holder: str = ""
     operation: Operation | None = None
     halted: bool = False
+    source_off: bool = (
+        False  # a failover shut the source down, or may have; kept until a cancel has started it
+    )
     settled: tuple[str, str] = ("", "")  # last settled run and outcome: makes a repeated Settle harmless
     newest_point: PointView | None = None
     point_in_use: PointView | None = None

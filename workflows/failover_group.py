@@ -63,7 +63,9 @@ class FailoverGroup:
     async def run(self, given: GroupRun) -> list[MachineResult]:
         """Start the machines, then pass on each stage until all have ended."""
         self._show()
-        children = {mr.machine: await self._start(mr) for mr in given.machines}
+        # All at once, here and below: one after another, each would cost this workflow a task of its own.
+        started = await asyncio.gather(*(self._start(mr) for mr in given.machines))
+        children = dict(zip((mr.machine for mr in given.machines), started, strict=True))
         watchers = [asyncio.create_task(self._watch(name, child)) for name, child in children.items()]
         everyone = set(children)
         while len(self._results) < len(everyone):
@@ -81,15 +83,12 @@ class FailoverGroup:
         await workflow.wait_condition(lambda: self._has_news() or len(self._results) == len(everyone))
         if self._stop and not self._stop_passed_on:
             self._stop_passed_on = True
-            for name in sorted(everyone - set(self._results)):
-                await self._tell(children[name], "stop", self._stop)
+            left = sorted(everyone - set(self._results))
+            await asyncio.gather(*(self._tell(children[name], "stop", self._stop) for name in left))
         elif self._words:
             word = self._words.pop(0)
-            for name in sorted(everyone - set(self._ended)):
-                mine = word.model_copy(
-                    update={"fences": tuple(token for token in word.fences if token.machine == name)}
-                )
-                await self._tell(children[name], "proceed", mine)
+            left = sorted(everyone - set(self._ended))
+            await asyncio.gather(*(self._tell(children[name], "proceed", _own(word, name)) for name in left))
             await workflow.wait_condition(lambda stage=word.stage: self._all_reported(stage, everyone))
             await self._tell_parent(word.stage, everyone)
 
@@ -130,6 +129,11 @@ class FailoverGroup:
                 MachineReport(
                     machine=name, stage="", outcome=StageOutcome.FAILED, note=view.message, error=view
                 ),
+            )
+        if result.outcome is Outcome.SUCCEEDED:  # then it sends no report of its last stage
+            last = COURSES[self._in.kind].stages[-1].name
+            self.machine_report(
+                MachineReport(machine=name, stage=last, outcome=StageOutcome.DONE, note=result.note)
             )
         self._results[name] = result
 
@@ -173,3 +177,8 @@ class FailoverGroup:
                 bullets(lines),
             )
         )
+
+
+def _own(word: Proceed, machine: str) -> Proceed:
+    """The parent's word as it concerns one machine."""
+    return word.model_copy(update={"fences": tuple(t for t in word.fences if t.machine == machine)})

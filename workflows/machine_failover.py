@@ -8,56 +8,26 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable
-from datetime import datetime
-from typing import Any, ClassVar, TypeVar
+from typing import ClassVar
 
 from temporalio import workflow
 from temporalio.exceptions import ActivityError, ApplicationError
 
 with workflow.unsafe.imports_passed_through():
-    from pydantic import BaseModel
-
     from farshore.activities import messages as m
     from farshore.activities import signatures as s
     from farshore.contract import names
     from farshore.contract.errors import error_view, to_application_error
-    from farshore.contract.machine import (
-        Advance,
-        Begin,
-        FenceKind,
-        FenceToken,
-        Halt,
-        MachineStatus,
-        Settle,
-        SettleOutcome,
-    )
-    from farshore.contract.runs import (
-        ErrorView,
-        MachineResult,
-        Outcome,
-        PointView,
-        ResourceView,
-        RunKind,
-    )
+    from farshore.contract.machine import Advance, Begin, FenceKind, Settle, SettleOutcome
+    from farshore.contract.runs import ErrorView, MachineResult, Outcome, RunKind
     from farshore.domain.errors import Code, FarshoreError
-    from farshore.workflows.details import bullets, clock, link, many, page, plain, size
+    from farshore.workflows.details import many
     from farshore.workflows.messages import MachineReport, MachineRun, Proceed, StageOutcome
-    from farshore.workflows.stages import COURSES, Work
-    from farshore.workflows.steps import run_step
+    from farshore.workflows.source_steps import SourceSteps
+    from farshore.workflows.stages import Work
+    from farshore.workflows.target_steps import TargetSteps
 
-In = TypeVar("In")
-Out = TypeVar("Out")
 _HOLDER_TEST, _HOLDER_FAILOVER = "test", "failover"
-# What the timeline says of the changes of a machine's state; the keys are part of update ids.
-_RECORDS = {
-    "begin": "Taking the machine's lock",
-    "halt": "Stopping the replication loop",
-    "promote": "Promoting the replica with the proof that the source is off",
-    "advance": "Recording that the recovery site's part is done",
-    "settle success": "Recording the new state and releasing the lock",
-    "settle failure": "Recording the failure and releasing the lock",
-    "settle cancelled": "Recording the stop and releasing the lock",
-}
 
 
 class _Skip(Exception):
@@ -69,39 +39,15 @@ class _Stopped(Exception):
 
 
 @workflow.defn(name=names.MACHINE_FAILOVER)
-class MachineFailover:
+class MachineFailover(SourceSteps, TargetSteps):
     """Child of a FailoverGroup."""
 
     @workflow.init
     def __init__(self, given: MachineRun) -> None:
-        self._in = given
-        self._course = COURSES[given.kind]
-        self._spec = given.spec
-        self._queue = ""  # of the step that runs
+        super().__init__(given)
         self._proceed: dict[str, Proceed] = {}
         self._stop = ""
         self._begun = False
-        self._doing = "waiting for the run to begin"
-        self._done: list[str] = []
-        # what the steps find out
-        self._began_at = workflow.now()
-        self._reachable = True
-        self._source_stopped = False  # from the moment in which it may have been
-        self._final: PointView | None = None
-        self._fence: FenceToken | None = None
-        self._point: PointView | None = None
-        self._disks: tuple[m.PointDisk, ...] = ()
-        self._made_disks: tuple[ResourceView, ...] = ()
-        self._made_nics: tuple[ResourceView, ...] = ()
-        self._made: tuple[ResourceView, ...] = ()
-        self._deleted: tuple[ResourceView, ...] = ()
-        self._leftovers: tuple[str, ...] = ()
-        self._addresses: tuple[str, ...] = ()
-        self._running_at: datetime | None = None
-        self._network = given.network
-        self._state = ""
-        self._note = ""
-        self._source_may_lack = False
 
     @workflow.signal(description="Enter a stage")
     def proceed(self, word: Proceed) -> None:
@@ -137,11 +83,12 @@ class MachineFailover:
                     if self._must_stop() and work is not Work.SETTLE:
                         raise _Stopped
                     await self._steps[work](self)
-                last = stage is self._course.stages[-1]
-                if not last:
-                    self._doing = "waiting for the next stage of the run"
-                    self._show()
+                if stage is self._course.stages[-1]:
+                    break  # the result that follows tells the group as much as a report would
+                self._doing = "waiting for the next stage of the run"
+                self._show()
                 await self._report(stage.name, StageOutcome.DONE, needs_fence=self._needs_fence(stage.name))
+            self._note = self._done[-1] if self._done else ""
         except _Skip as reason:
             outcome, self._note = Outcome.SKIPPED, str(reason)
         except _Stopped:
@@ -175,21 +122,18 @@ class MachineFailover:
             return error
         self._doing = "recording the machine's state"
         self._show(error)
-        try:
-            status = await asyncio.shield(
-                asyncio.ensure_future(
-                    self._update(
-                        "settle",
-                        Settle(
-                            run=self._in.run,
-                            outcome=outcome,
-                            error=error,
-                            source_stopped=self._source_stopped,
-                        ),
-                        f"settle {outcome.value}",
-                    )
-                )
+        settling = asyncio.ensure_future(
+            self._update(
+                "settle",
+                Settle(run=self._in.run, outcome=outcome, error=error, source_stopped=self._source_stopped),
+                f"settle {outcome.value}",
             )
+        )
+        try:
+            try:
+                status = await asyncio.shield(settling)
+            except asyncio.CancelledError:  # a person's, meanwhile; the next one never comes
+                status = await asyncio.shield(settling)
             self._state = status.state.main.value
         except (ActivityError, ApplicationError) as second:
             workflow.logger.error("could not settle %s: %s", self._in.machine, second)
@@ -226,101 +170,6 @@ class MachineFailover:
         if status.source:
             self._spec = self._spec.model_copy(update={"source": status.source})
 
-    async def _seek_point(self) -> None:
-        """A wrong choice of point is found before anything is touched."""
-        if self._in.choice == "latest":
-            return
-        await self._step(
-            s.CHOOSE_POINT,
-            m.ChoosePointCall(**self._owned(), choice=self._in.choice, hold=False),
-            queue=self._spec.target_queue,
-            summary=self._say(f"looking for the recovery point ({self._in.choice})"),
-        )
-
-    async def _check_source(self) -> None:
-        seen = await self._step(
-            s.INSPECT_SOURCE,
-            self._source_call(),
-            queue=self._spec.source_queue,
-            summary=self._say("looking at the source machine"),
-        )
-        if seen.errors:
-            raise FarshoreError(
-                Code.NOT_READY,
-                f"{self._in.machine} is not ready: {'; '.join(seen.errors)}",
-                subject=self._in.machine,
-            )
-
-    async def _shut_down(self) -> None:
-        await self._power_off(None)
-
-    async def _power_off(self, rules: s.Rules | None) -> None:
-        self._source_stopped = True
-        down = await self._step(
-            s.SHUT_DOWN_SOURCE,
-            m.ShutDownCall(
-                site=self._spec.source_site,
-                machine=self._in.machine,
-                source=self._spec.source,
-                guest_timeout=self._in.guest_timeout,
-                force=self._in.force_off,
-            ),
-            queue=self._spec.source_queue,
-            summary=self._say("shutting down the source machine"),
-            rules=rules,
-            longer_by=self._in.guest_timeout,
-        )
-        how = "was off" if down.already_off else "shut itself down" if down.graceful else "was powered off"
-        self._done.append(f"source {how} at {down.at:%H:%M:%S} UTC")
-
-    async def _try_shut_down(self) -> None:
-        if not self._in.try_shutdown:
-            self._done.append("shutdown of the source was not wanted")
-            return
-        await self._attempt(self._power_off(s.SOURCE_BEST_EFFORT), "the source was not shut down")
-
-    async def _halt(self) -> None:
-        self._say("stopping the replication loop")
-        await self._update("halt", Halt(run=self._in.run, wait=self._in.kind is RunKind.PLANNED), "halt")
-
-    async def _final_cycle(self, rules: s.Rules | None = None, patience: float = 3600.0) -> None:
-        self._final = await self._step(
-            s.FINAL_CYCLE,
-            m.FinalCycleCall(spec=self._spec, owner=self._in.run, patience=patience),
-            queue=self._spec.source_queue,
-            summary=self._say("copying the last changes"),
-            rules=rules,
-        )
-        self._done.append(f"last changes are in point {self._final.id}")
-
-    async def _try_final_cycle(self) -> None:
-        if self._fence is None or self._in.choice != "latest" or not self._reachable:
-            return  # a machine that may still write gives no last point; the newest one is as good
-        await self._attempt(
-            self._final_cycle(s.SOURCE_BEST_EFFORT, patience=60.0), "the last changes could not be copied"
-        )
-
-    async def _prove(self, rules: s.Rules | None = None) -> None:
-        proof = await self._step(
-            s.PROVE_SOURCE_OFF,
-            self._source_call(),
-            queue=self._spec.source_queue,
-            summary=self._say("proving that the source can't write"),
-            rules=rules,
-        )
-        self._fence = FenceToken(
-            machine=self._in.machine,
-            run=self._in.run,
-            kind=FenceKind(proof.kind),
-            evidence=proof.evidence,
-            at=proof.at,
-        )
-        self._done.append(f"fence: {proof.evidence}")
-
-    async def _try_fence(self) -> None:
-        if self._reachable:
-            await self._attempt(self._prove(s.SOURCE_BEST_EFFORT), "the source is not proven off")
-
     async def _promote(self) -> None:
         fence = self._fence
         if fence is None:
@@ -347,91 +196,6 @@ class MachineFailover:
         status = await self._update("advance", Advance(run=self._in.run, fence=fence), "promote")
         self._state = status.state.main.value
 
-    async def _choose_point(self) -> None:
-        choice = (
-            self._final.id if self._final is not None and self._in.choice == "latest" else self._in.choice
-        )
-        chosen = await self._step(
-            s.CHOOSE_POINT,
-            m.ChoosePointCall(**self._owned(), choice=choice),
-            queue=self._spec.target_queue,
-            summary=self._say(f"choosing the recovery point ({choice})"),
-        )
-        self._point, self._disks = chosen.point, chosen.disks
-        self._done.append(
-            f"point {chosen.point.id} of {chosen.point.taken_at:%H:%M:%S} UTC, {chosen.point.consistency}"
-        )
-
-    async def _remove_former(self) -> None:
-        """A rerun or a change of point replaces what an earlier run of this machine made."""
-        gone = await self._step(
-            s.REMOVE_RESOURCES,
-            m.RemoveCall(**self._owned(plan="", run=""), except_run=self._in.run),
-            queue=self._spec.target_queue,
-            summary=self._say("removing what an earlier run left"),
-        )
-        self._must_be_gone(gone)
-
-    async def _make_disks(self) -> None:
-        self._say(f"making {many(len(self._disks), 'disk')}")
-        point = self._the_point()
-        # All are waited for even if one fails: nothing may still be in the making when the machine has settled.
-        made = await asyncio.gather(
-            *(
-                self._step(
-                    s.CREATE_DISK,
-                    m.DiskCall(
-                        **self._owned(),
-                        settings=self._in.settings,
-                        network=self._network,
-                        point=point.id,
-                        disk=disk,
-                    ),
-                    queue=self._spec.target_queue,
-                    summary=f"Making disk {disk.label} ({size(disk.size)}): {self._in.machine}",
-                )
-                for disk in self._disks
-            ),
-            return_exceptions=True,
-        )
-        self._made_disks = tuple(one for one in made if isinstance(one, ResourceView))
-        for one in made:
-            if isinstance(one, BaseException):
-                raise one
-        self._done.append(f"{many(len(made), 'disk')} made")
-
-    async def _make_nics(self) -> None:
-        made = await self._step(
-            s.CREATE_NIC,
-            m.NicCall(**self._owned(), settings=self._in.settings, network=self._network),
-            queue=self._spec.target_queue,
-            summary=self._say("making the network interface"),
-        )
-        self._made_nics = tuple(made)
-
-    async def _boot(self) -> None:
-        vm = await self._step(
-            s.CREATE_MACHINE,
-            m.MachineCall(
-                **self._owned(),
-                settings=self._in.settings,
-                network=self._network,
-                disks=self._made_disks,
-                nics=tuple(n for n in self._made_nics if n.kind == "network-interface"),
-            ),
-            queue=self._spec.target_queue,
-            summary=self._say("creating the machine"),
-        )
-        self._made = (*self._made_disks, *self._made_nics, vm)
-        up = await self._step(
-            s.WAIT_UNTIL_RUNNING,
-            m.WaitRunningCall(**self._owned(), resource=vm),
-            queue=self._spec.target_queue,
-            summary=self._say("waiting until the machine runs"),
-        )
-        self._addresses, self._running_at = up.addresses, up.at
-        self._done.append(f"runs since {up.at:%H:%M:%S} UTC at {', '.join(up.addresses) or 'no address'}")
-
     async def _settle(self) -> None:
         self._say("recording the machine's state")
         status = await self._update(
@@ -441,6 +205,7 @@ class MachineFailover:
                 outcome=SettleOutcome.SUCCESS,
                 point=self._point,
                 made=self._made,
+                source_stopped=self._source_stopped,
                 source_may_lack_changes=self._source_may_lack,
             ),
             "settle success",
@@ -462,26 +227,6 @@ class MachineFailover:
         status = await self._update("advance", Advance(run=self._in.run), "advance")
         self._state = status.state.main.value
 
-    async def _remove(self, what: str, *, run_test: bool) -> None:
-        owned = self._owned(plan="", run="", test=run_test)
-        gone = await self._step(
-            s.REMOVE_RESOURCES,
-            m.RemoveCall(**owned),
-            queue=self._spec.target_queue,
-            summary=self._say(what),
-        )
-        self._must_be_gone(gone)
-        self._done.append(f"{many(len(gone.deleted), 'resource')} deleted")
-
-    async def _start_source(self) -> None:
-        await self._step(
-            s.POWER_ON_SOURCE,
-            self._source_call(),
-            queue=self._spec.source_queue,
-            summary=self._say("starting the source machine"),
-        )
-        self._done.append("source machine started")
-
     async def _commit(self) -> None:
         point = self._point
         if point is not None:
@@ -496,146 +241,34 @@ class MachineFailover:
         await self._attempt(self._reap(), "its source could not be asked for left-over snapshots")
         await self._second_half()
 
-    async def _reap(self) -> None:
-        gone = await self._step(
-            s.REAP_SOURCE,
-            self._source_call(),
-            queue=self._spec.source_queue,
-            summary=self._say("removing Farshore's snapshots at the source"),
-            rules=s.SOURCE_BEST_EFFORT,
-        )
-        if gone.ids:
-            self._done.append(f"{many(len(gone.ids), 'left-over snapshot')} removed at the source")
-
     _steps: ClassVar[dict[Work, Callable[[MachineFailover], Awaitable[None]]]] = {
-        Work.SEEK_POINT: _seek_point,
+        Work.SEEK_POINT: TargetSteps._seek_point,
         Work.BEGIN: _begin,
-        Work.CHECK_SOURCE: _check_source,
-        Work.SHUT_DOWN: _shut_down,
-        Work.TRY_SHUT_DOWN: _try_shut_down,
-        Work.HALT: _halt,
-        Work.FINAL_CYCLE: _final_cycle,
-        Work.TRY_FINAL_CYCLE: _try_final_cycle,
-        Work.FENCE: _prove,
-        Work.TRY_FENCE: _try_fence,
+        Work.CHECK_SOURCE: SourceSteps._check_source,
+        Work.SHUT_DOWN: SourceSteps._shut_down,
+        Work.TRY_SHUT_DOWN: SourceSteps._try_shut_down,
+        Work.HALT: SourceSteps._halt,
+        Work.FINAL_CYCLE: SourceSteps._final_cycle,
+        Work.TRY_FINAL_CYCLE: SourceSteps._try_final_cycle,
+        Work.FENCE: SourceSteps._prove,
+        Work.TRY_FENCE: SourceSteps._try_fence,
         Work.PROMOTE: _promote,
-        Work.CHOOSE_POINT: _choose_point,
-        Work.REMOVE_FORMER: _remove_former,
-        Work.DISKS: _make_disks,
-        Work.NICS: _make_nics,
-        Work.BOOT: _boot,
+        Work.CHOOSE_POINT: TargetSteps._choose_point,
+        Work.REMOVE_FORMER: TargetSteps._remove_former,
+        Work.DISKS: TargetSteps._make_disks,
+        Work.NICS: TargetSteps._make_nics,
+        Work.BOOT: TargetSteps._boot,
         Work.SETTLE: _settle,
         Work.REMOVE_TEST: _remove_test,
         Work.REMOVE_REPLICA_MACHINE: _remove_replica_machine,
-        Work.START_SOURCE: _start_source,
+        Work.START_SOURCE: SourceSteps._start_source,
         Work.COMMIT: _commit,
     }
 
-    async def _step(
-        self,
-        step: s.Step[In, Out],
-        given: In,
-        *,
-        queue: str,
-        summary: str,
-        rules: s.Rules | None = None,
-        longer_by: float = 0.0,
-    ) -> Out:
-        self._queue = queue
-        return await run_step(step, given, queue=queue, summary=summary, rules=rules, longer_by=longer_by)
-
     # -- help -----------------------------------------------------------------------------------------------------
-
-    async def _attempt(self, step: Awaitable[None], failed: str, *, but: tuple[Code, ...] = ()) -> None:
-        """Best effort: a dead site is noted and never waited for again in this run."""
-        try:
-            await step
-        except ActivityError as error:
-            view = error_view(error, subject=self._in.machine)
-            if view.code in but:
-                raise
-            if view.code == Code.SOURCE_UNREACHABLE:
-                self._reachable = False
-            self._done.append(f"{failed}: {view.message}")
-            self._show()
-
-    async def _update(self, update: str, payload: BaseModel, purpose: str) -> MachineStatus:
-        run = workflow.info().parent
-        return await self._step(
-            s.UPDATE_MACHINE,
-            m.UpdateCall(
-                machine=self._in.machine,
-                update=update,
-                payload=payload.model_dump(mode="json"),
-                update_id=f"{purpose} {run.run_id if run else workflow.info().run_id}",
-            ),
-            queue=names.CONTROL_QUEUE,
-            summary=f"{_RECORDS.get(purpose, f'Record: {purpose}')}: {self._in.machine}",
-        )
-
-    async def _release(self, holder: str) -> None:
-        await self._step(
-            s.RELEASE_HOLDS,
-            m.StoreCall(site=self._spec.target_site, machine=self._in.machine, holder=holder),
-            queue=self._spec.target_queue,
-            summary=f"Releasing the held point: {self._in.machine}",
-        )
-
-    def _must_be_gone(self, report: m.RemoveReport) -> None:
-        self._deleted += report.deleted
-        self._leftovers = report.leftovers
-        if report.leftovers:
-            raise FarshoreError(
-                Code.CLEANUP_LEFTOVERS,
-                f"{self._in.machine}: could not delete {'; '.join(report.leftovers)}",
-                subject=self._in.machine,
-                details={"leftovers": list(report.leftovers)},
-            )
-
-    def _the_point(self) -> PointView:
-        if self._point is None:
-            raise FarshoreError(
-                Code.NO_RECOVERY_POINT,
-                f"No recovery point was chosen for {self._in.machine}.",
-                subject=self._in.machine,
-            )
-        return self._point
-
-    def _source_call(self) -> m.SourceCall:
-        return m.SourceCall(site=self._spec.source_site, machine=self._in.machine, source=self._spec.source)
-
-    def _owned(self, **other: Any) -> dict[str, Any]:
-        return {
-            "site": self._spec.target_site,
-            "plan": self._in.plan,
-            "run": self._in.run,
-            "machine": self._in.machine,
-            "test": self._course.is_test,
-        } | other
 
     def _needs_fence(self, stage: str) -> bool:
         return self._in.kind is RunKind.UNPLANNED and stage == "shutdown" and self._fence is None
-
-    def _side(self) -> Code:
-        """Whose worker was awaited when a step found none."""
-        return {
-            self._spec.source_queue: Code.SOURCE_UNREACHABLE,
-            self._spec.target_queue: Code.TARGET_UNREACHABLE,
-        }.get(self._queue, Code.TEMPORAL_UNREACHABLE)
-
-    def _say(self, doing: str) -> str:
-        """Show what is being done; returns the text for the step's label."""
-        self._doing = doing
-        self._show()
-        return f"{doing[:1].upper()}{doing[1:]}: {self._in.machine}"
-
-    def _show(self, error: ErrorView | None = None) -> None:
-        run, namespace = names.holder_id(self._in.run), workflow.info().namespace
-        lines = [f"**Problem**: {plain(error.text(), 1000)}"] if error is not None else []
-        lines += [f"✓ {plain(line)}" for line in self._done]
-        lines.append(f"Part of {link(run, run, namespace)}; this text is of {clock(workflow.now())}")
-        title = f"**{plain(self._in.machine)}** ({self._course.title.lower()}): {plain(self._doing)}"
-        workflow.set_current_details(page(title, bullets(lines)))
 
     async def _report(
         self, stage: str, outcome: StageOutcome, *, needs_fence: bool = False, error: ErrorView | None = None
@@ -653,32 +286,6 @@ class MachineFailover:
                 needs_fence=needs_fence,
                 error=error,
             ),
-        )
-
-    def _loss(self) -> float | None:
-        if self._point is None or self._in.kind in (RunKind.CLEANUP, RunKind.COMMIT, RunKind.CANCEL):
-            return None
-        if self._final is not None and self._point.id == self._final.id:
-            return 0.0
-        proven = self._fence is not None and self._fence.kind is not FenceKind.BREAK_GLASS
-        cut_off = self._fence.at if self._fence is not None and proven else self._began_at
-        return max(0.0, (cut_off - self._point.taken_at).total_seconds())
-
-    def _result(self, outcome: Outcome, error: ErrorView | None) -> MachineResult:
-        return MachineResult(
-            machine=self._in.machine,
-            outcome=outcome,
-            state=self._state,
-            note=self._note,
-            point=self._point,
-            data_loss_seconds=self._loss() if outcome is Outcome.SUCCEEDED else None,
-            fence=self._fence.evidence if self._fence else "",
-            made=self._made or (*self._made_disks, *self._made_nics),
-            deleted=self._deleted,
-            leftovers=self._leftovers,
-            addresses=self._addresses,
-            running_at=self._running_at,
-            error=error,
         )
 
 

@@ -34,6 +34,7 @@ with workflow.unsafe.imports_passed_through():
     from farshore.workflows.steps import run_step
 
 _AT_ONCE = 20  # machines worked on at the same time
+_LISTED_ERRORS = 50
 # EnablingProtection: either another run is at it, which the update says, or one that has ended left its lock.
 _ENABLE_FROM = (MainState.UNPROTECTED, MainState.ENABLING_FAILED, MainState.ENABLING_PROTECTION)
 
@@ -62,6 +63,7 @@ class Protection:
         self._phase = "loading the plan"
         self._notes: dict[str, str] = {}
         self._ready: dict[str, ErrorView | None] = {}
+        self._known = False  # a machine of this run is protected, or was
 
     @workflow.signal(description="Initial replication of a machine has ended (from its MachineProtection)")
     def machine_ready(self, machine: str, problem: dict[str, Any] | None) -> None:
@@ -114,6 +116,10 @@ class Protection:
                 return await self._one(machine_spec(pinned, name))
 
         machines = await asyncio.gather(*(one(name) for name in wanted))
+        if ask.kind is ProtectionKind.DISABLE and not self._known:
+            machines = [
+                _unknown(r) for r in machines
+            ]  # a plan that nobody ever protected: rather a wrong name
         return await self._end(pinned, machines)
 
     async def _end(self, pinned: m.PinnedPlan, machines: list[MachineResult]) -> RunResult:
@@ -134,7 +140,7 @@ class Protection:
             started_at=self._started,
             finished_at=workflow.now(),
             machines=tuple(machines),
-            errors=errors,
+            errors=errors[:_LISTED_ERRORS],  # each stands with its machine too
         )
         if status is RunStatus.FAILED:
             base = view_to_application_error(errors[0])
@@ -227,9 +233,22 @@ class Protection:
 
     async def _disable(self, spec: MachineSpec) -> MachineResult:
         self._note(spec.machine, "stopping replication")
-        status = await self._update(
-            spec, "begin", Begin(operation=Operation.DISABLE, run=self._holder), "disable"
-        )
+        try:
+            status = await self._update(
+                spec, "begin", Begin(operation=Operation.DISABLE, run=self._holder), "disable"
+            )
+        except ActivityError as error:
+            view = error_view(error, subject=spec.machine)
+            if not _is_off(view):
+                raise
+            self._known |= view.code != Code.MACHINE_NOT_PROTECTED or view.details["disabled"] is True
+            return MachineResult(
+                machine=spec.machine,
+                outcome=Outcome.SKIPPED,
+                state=MainState.UNPROTECTED.value,
+                note="is not protected already: there was nothing to switch off",
+            )
+        self._known = True
         try:
             note = await self._reap(spec, status.source or spec.source)
             self._note(spec.machine, "deleting the replica and its points")
@@ -292,3 +311,19 @@ class Protection:
         title = f"**{self._ask.kind.value.capitalize()} {plain(self._ask.plan)}**: {self._phase}"
         rows = (f"**{plain(name)}**: {plain(note)}" for name, note in self._notes.items())
         workflow.set_current_details(page(title, bullets(rows)))
+
+
+def _is_off(view: ErrorView) -> bool:
+    """Whether a refused disable means that there is nothing to disable."""
+    if view.code == Code.MACHINE_NOT_PROTECTED:
+        return "disabled" in view.details
+    return view.code == Code.OPERATION_NOT_ALLOWED and view.details.get("state") == MainState.UNPROTECTED
+
+
+def _unknown(result: MachineResult) -> MachineResult:
+    if result.outcome is not Outcome.SKIPPED:
+        return result
+    never = FarshoreError(
+        Code.MACHINE_NOT_PROTECTED, f"{result.machine} was never protected.", subject=result.machine
+    )
+    return MachineResult(machine=result.machine, outcome=Outcome.FAILED, error=ErrorView.of(never.info))

@@ -71,10 +71,31 @@ _READY = Stage("prepare", "Taking the machines' locks", Order.TOGETHER, (Work.BE
 _READY_WITH_POINT = Stage(
     "prepare", "Taking the machines' locks", Order.TOGETHER, (Work.SEEK_POINT, Work.BEGIN)
 )
+_PROMOTE = Stage(
+    "failover",
+    "Making disks",
+    Order.TOGETHER,
+    (Work.PROMOTE, Work.CHOOSE_POINT, Work.REMOVE_FORMER, Work.DISKS, Work.NICS),
+)
 _BOOT = Stage("boot", "Starting machines", Order.BOOT, (Work.BOOT, Work.SETTLE))
 _FAILED_OVER = frozenset({MainState.PLANNED_COMMIT_PENDING.value, MainState.UNPLANNED_COMMIT_PENDING.value})
 _NOT_FAILED_OVER = frozenset(s.value for s in MainState) - _FAILED_OVER
 _NO_TEST = frozenset({TestState.NONE.value, TestState.MARKED_FOR_DELETION.value})
+
+
+def _failover(
+    title: str, operation: Operation, *until_the_source_is_off: Stage, stops_at_error: bool
+) -> Course:
+    """Both failovers end alike; they differ in what they do to the source before, and in what an error means."""
+    return Course(
+        title,
+        operation,
+        (*until_the_source_is_off, _PROMOTE, _BOOT),
+        stops_at_error=stops_at_error,
+        skips_in=_FAILED_OVER | {MainState.COMMITTED.value},
+        skip_note="it has failed over already",
+    )
+
 
 COURSES: Mapping[RunKind, Course] = {
     RunKind.TEST: Course(
@@ -101,52 +122,30 @@ COURSES: Mapping[RunKind, Course] = {
         skip_note="no test is open",
         is_test=True,
     ),
-    RunKind.PLANNED: Course(
+    RunKind.PLANNED: _failover(
         "Planned failover",
         Operation.PLANNED_FAILOVER,
-        (
-            Stage("prepare", "Locks and checks", Order.TOGETHER, (Work.BEGIN, Work.CHECK_SOURCE)),
-            Stage("shutdown", "Shutting down source machines", Order.REVERSE, (Work.SHUT_DOWN,)),
-            Stage(
-                "synchronize",
-                "Last changes and proof that the source is off",
-                Order.TOGETHER,
-                (Work.HALT, Work.FENCE, Work.FINAL_CYCLE),
-            ),
-            Stage(
-                "failover",
-                "Making disks",
-                Order.TOGETHER,
-                (Work.PROMOTE, Work.CHOOSE_POINT, Work.REMOVE_FORMER, Work.DISKS, Work.NICS),
-            ),
-            _BOOT,
+        Stage("prepare", "Locks and checks", Order.TOGETHER, (Work.BEGIN, Work.CHECK_SOURCE)),
+        Stage("shutdown", "Shutting down source machines", Order.REVERSE, (Work.SHUT_DOWN,)),
+        Stage(
+            "synchronize",
+            "Last changes and proof that the source is off",
+            Order.TOGETHER,
+            (Work.HALT, Work.FENCE, Work.FINAL_CYCLE),
         ),
         stops_at_error=True,
-        skips_in=_FAILED_OVER | {MainState.COMMITTED.value},
-        skip_note="it has failed over already",
     ),
-    RunKind.UNPLANNED: Course(
+    RunKind.UNPLANNED: _failover(
         "Unplanned failover",
         Operation.UNPLANNED_FAILOVER,
-        (
-            _READY_WITH_POINT,
-            Stage(
-                "shutdown",
-                "Shutting down what can be reached",
-                Order.TOGETHER,
-                (Work.TRY_SHUT_DOWN, Work.HALT, Work.TRY_FENCE, Work.TRY_FINAL_CYCLE),
-            ),
-            Stage(
-                "failover",
-                "Making disks",
-                Order.TOGETHER,
-                (Work.PROMOTE, Work.CHOOSE_POINT, Work.REMOVE_FORMER, Work.DISKS, Work.NICS),
-            ),
-            _BOOT,
+        _READY_WITH_POINT,
+        Stage(
+            "shutdown",
+            "Shutting down what can be reached",
+            Order.TOGETHER,
+            (Work.TRY_SHUT_DOWN, Work.HALT, Work.TRY_FENCE, Work.TRY_FINAL_CYCLE),
         ),
         stops_at_error=False,
-        skips_in=_FAILED_OVER | {MainState.COMMITTED.value},
-        skip_note="it has failed over already",
     ),
     RunKind.CHANGE_POINT: Course(
         "Change of recovery point",

@@ -60,7 +60,7 @@ def test_there_is_a_history_of_every_workflow_and_every_kind() -> None:
     ("module", "of", "kept", "before"),
     [
         ("points", "RecoveryPoints", "recovery-points", "        try:\n            pinned"),
-        ("failover", "Failover", "failover-planned", '        self._enter("loading the plan")\n'),
+        ("failover", "Failover", "failover-planned", '        self._journal.enter("loading the plan")\n'),
         (
             "machine_failover",
             "MachineFailover",

@@ -229,7 +229,7 @@ async def pending(run: Run, action: str = "", *, within: float = 60.0) -> RunPro
             await asyncio.sleep(0.05)
 
 
-async def eventually(true: Callable[[], Awaitable[bool]], *, within: float = 60.0) -> None:
+async def eventually(true: Callable[[], Awaitable[object]], *, within: float = 60.0) -> None:
     """Wait for a condition."""
     async with asyncio.timeout(within):
         while not await true():  # noqa: ASYNC110  the condition lives in another process

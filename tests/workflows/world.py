@@ -100,6 +100,7 @@ class World:
     shutdown_takes: float = 0.0
     scripts: dict[str, m.ScriptOutput] = field(default_factory=dict[str, m.ScriptOutput])
     leg_ends: Callable[[m.LegCall], bool] | None = None  # legs that end by themselves at once
+    leg_report: Callable[[m.LegCall], m.LegReport | None] | None = None  # what a leg says instead of going on
     lost: set[str] = field(default_factory=set[str])  # steps whose first attempt dies without a word
     busy: Counter[str] = field(default_factory=Counter[str])
     busiest: Counter[str] = field(default_factory=Counter[str])
@@ -126,7 +127,7 @@ class World:
         retryable: bool = False,
         times: int | None = None,
     ) -> None:
-        """Let a step fail; `step` may be `update_machine:settle` for one update."""
+        """Let a step fail; `step` may be `update_machine:settle` for one update, `create_disk:1` for one disk."""
         self._failures[step, short] = _Failure(code, message or f"{step} fails by order", retryable, times)
 
     def heal(self) -> None:
@@ -167,16 +168,19 @@ class World:
 
     async def enter(self, call: Call) -> None:
         """Record, block, fail: in this order."""
-        key = f"{call.step}:{call.value.update}" if isinstance(call.value, m.UpdateCall) else call.step
+        keys = [f"{call.step}:{call.value.update}" if isinstance(call.value, m.UpdateCall) else call.step]
+        if isinstance(call.value, m.DiskCall):
+            keys.append(f"{call.step}:{call.value.disk.index}")
+        places = [(key, machine) for key in keys for machine in (call.machine, "*")]
         async with self._changed:
             self.calls.append(call)
             self.order.append(f"begin {call.what}")
             self._changed.notify_all()
-        for where in ((key, call.machine), (key, "*")):
+        for where in places:
             gate = self._gates.get(where)
             if gate is not None:
                 await gate.pass_through()
-        for where in ((key, call.machine), (key, "*")):
+        for where in places:
             failure = self._failures.get(where)
             if failure is not None and (failure.left is None or failure.left > 0):
                 if failure.left is not None:
@@ -361,6 +365,9 @@ class Stage:
         return m.Removed(ids=())
 
     async def _replicate_leg(self, world: World, call: m.LegCall) -> m.LegReport:
+        said = world.leg_report(call) if world.leg_report else None
+        if said is not None:
+            return said
         newest = world.new_point(call.spec.machine)
         if not call.stop_after_first and not (world.leg_ends and world.leg_ends(call)):
             await asyncio.sleep(call.until_seconds)
@@ -448,8 +455,8 @@ async def _beating():
 
     async def keep() -> None:
         while True:
+            await asyncio.sleep(0.1)  # first: a step that ends at once costs no call
             activity.heartbeat({"stage": "playing"})
-            await asyncio.sleep(0.1)
 
     task = asyncio.create_task(keep())
     try:
