@@ -153,7 +153,15 @@ def skeleton(at: Path) -> Path:
         "replication/engine",
         "providers/azure/client",
     ]
-    folders = [*ROOMS, "providers/azure", "providers/vsphere", "workers/cli", "lab/vcenter"]
+    folders = [
+        *ROOMS,
+        "providers/azure",
+        "providers/nbd",
+        "providers/physical",
+        "providers/vsphere",
+        "workers/cli",
+        "lab/vcenter",
+    ]
     for folder in folders:
         (at / "farshore" / folder).mkdir(parents=True, exist_ok=True)
         (at / "farshore" / folder / "__init__.py").write_text("")
