@@ -96,6 +96,7 @@ class Stack:
     ui_port: int = 0
     temporal_port: int = 0
     leg: float = 3600.0
+    more_settings: str = ""  # TOML, e.g. further sites
     processes: dict[str, Process] = field(default_factory=dict[str, Process])
     azure_info: dict[str, Any] = field(default_factory=dict[str, Any])
     vcenter_info: dict[str, Any] = field(default_factory=dict[str, Any])
@@ -265,7 +266,7 @@ storage_key = "file:{secrets / "storage"}"
 blob_endpoint = "{azure["blob"]}"
 polling_interval = 1.0
 """
-        self.settings.write_text(text.lstrip(), encoding="utf-8")
+        self.settings.write_text(text.lstrip() + self.more_settings, encoding="utf-8")
 
     # -- use ------------------------------------------------------------------------------------------------------
 

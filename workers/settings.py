@@ -3,6 +3,7 @@
     [temporal]   address, namespace, tls_ca_file …
     [plans]      folder
     [sites.east]         provider = "vsphere", host, user, password = "file:/run/secrets/vcenter"
+    [sites.hall]         provider = "physical", ca_file, certificate_file, key_file, servers.db1 = { host = "…" } …
     [sites.westeurope]   provider = "azure", tenant, client_id, client_secret = "env:AZURE_CLIENT_SECRET" …
 
 A reference is `env:NAME` or `file:PATH`; a literal where a secret belongs is refused.
@@ -93,7 +94,25 @@ class AzureSite(_Part):
     polling_interval: float = 5.0
 
 
-Site = Annotated[VSphereSite | AzureSite, Field(discriminator="provider")]
+class AgentAddress(_Part):
+    host: str = Field(description="as in the agent's certificate")
+    port: int = 7443
+
+
+class PhysicalSite(_Part):
+    """Servers with an agent. All show certificates of one authority; keys are files of their own."""
+
+    provider: Literal["physical"]
+    ca_file: str
+    certificate_file: str
+    key_file: str
+    servers: dict[str, AgentAddress] = Field(min_length=1)
+    seed_folder: Path | None = Field(
+        default=None, description="room for first copies of disks without a snapshot device"
+    )
+
+
+Site = Annotated[VSphereSite | PhysicalSite | AzureSite, Field(discriminator="provider")]
 
 
 class Settings(_Part):

@@ -9,7 +9,7 @@ from typing import Any
 
 from farshore.domain.errors import Code, FarshoreError
 from farshore.providers.ports import SourceSite, TargetSite
-from farshore.workers.settings import AzureSite, Settings, VSphereSite, secret
+from farshore.workers.settings import AzureSite, PhysicalSite, Settings, Site, VSphereSite, secret
 
 
 class ConfiguredSites:
@@ -23,11 +23,13 @@ class ConfiguredSites:
     def source(self, site: str) -> SourceSite:
         """The adapter of a source site."""
         found = self._site(site)
-        if not isinstance(found, VSphereSite):
+        if isinstance(found, AzureSite):
             raise self._unknown(site, "source")
         with self._lock:
             if site not in self._made:
-                self._made[site] = _vsphere(site, found)
+                self._made[site] = (
+                    _physical(found) if isinstance(found, PhysicalSite) else _vsphere(site, found)
+                )
             return self._made[site]
 
     def target(self, site: str) -> TargetSite:
@@ -45,7 +47,7 @@ class ConfiguredSites:
         for site in list(self._made.values()):
             await site.close()
 
-    def _site(self, site: str) -> VSphereSite | AzureSite:
+    def _site(self, site: str) -> Site:
         found = self._settings.sites.get(site)
         if found is None:
             raise self._unknown(site, "source or target")
@@ -71,6 +73,25 @@ def _vsphere(name: str, site: VSphereSite) -> SourceSite:
             encode_twice=site.encode_twice,
             max_connections=site.max_connections,
         )
+    )
+
+
+def _physical(site: PhysicalSite) -> SourceSite:
+    from farshore.providers.physical.adapter import PhysicalSite as Adapter
+    from farshore.providers.physical.settings import PhysicalSettings
+
+    return Adapter(
+        {
+            name: PhysicalSettings(
+                host=server.host,
+                port=server.port,
+                ca_file=site.ca_file,
+                certificate_file=site.certificate_file,
+                key_file=site.key_file,
+                seed_folder=site.seed_folder,
+            )
+            for name, server in site.servers.items()
+        }
     )
 
 

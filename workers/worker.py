@@ -25,7 +25,7 @@ from farshore.activities.source import SourceActivities
 from farshore.activities.support import ErrorInterceptor
 from farshore.activities.target import TargetActivities
 from farshore.contract import names
-from farshore.workers.settings import AzureSite, Settings, VSphereSite
+from farshore.workers.settings import AzureSite, PhysicalSite, Settings, VSphereSite
 from farshore.workers.sites import ConfiguredSites
 from farshore.workflows.failover import Failover
 from farshore.workflows.failover_group import FailoverGroup
@@ -125,7 +125,7 @@ def site_workers(client: Client, settings: Settings, site: str, sites: Configure
     tuning = settings.worker
     queue = settings.queue(site, wanted="worker")
     match settings.sites[site]:
-        case VSphereSite():
+        case VSphereSite() | PhysicalSite():
             source = SourceActivities(sites)
             steps = [a for a in _activities(source) if a != source.replicate_leg]
             work = [
