@@ -1,8 +1,14 @@
-"""For all tests: a failure is told, whatever its traceback looks like."""
+"""For all tests: a failure is told, whatever its traceback looks like, and soon."""
 
 from __future__ import annotations
 
+import os
+
 from _pytest._code.code import TracebackEntry
+
+# Under CI pytest spells out every difference, with an algorithm that takes minutes for the bytes of a disk.
+for _variable in ("CI", "BUILD_NUMBER"):
+    os.environ.pop(_variable, None)
 
 _line = TracebackEntry.lineno.fget
 assert _line is not None
