@@ -136,24 +136,17 @@ class TargetActivities:
         site = self._sites.target(call.site)
         spec = target_spec(call.machine, call.settings, call.network, test=call.test)
         async with beating() as beat:
-            manifest = await self._store_call(site, lambda store: store.manifest(call.machine, call.point))
-            point = next((d for d in manifest.disks if d.state.key == call.disk.key), None)
-            if point is None:
-                raise FarshoreError(
-                    Code.REPLICA_DAMAGED,
-                    f"Point {call.point} of {call.machine} has no disk {call.disk.key}.",
-                    subject=call.machine,
+            store = await _aside(site.open_store)
+            try:
+                made = await site.create_disk(
+                    owner(call),
+                    spec,
+                    await _aside(lambda: _disk_request(store, call)),
+                    resume=beat.resume,
+                    checkpoint=beat.checkpoint,
                 )
-            request = DiskRequest(
-                state=point.state,
-                index=call.disk.index,
-                snapshot=point.snapshot,
-                digest=point.digest,
-                point=call.point,
-            )
-            made = await site.create_disk(
-                owner(call), spec, request, resume=beat.resume, checkpoint=beat.checkpoint
-            )
+            finally:
+                await _aside(store.close)
         return resource_view(made)
 
     @activity.defn(name=s.CREATE_NIC.name)
@@ -268,6 +261,32 @@ class TargetActivities:
                 store.close()
 
         return await in_thread(opened)
+
+
+async def _aside(work: Callable[[], T]) -> T:
+    """Blocking work in a thread."""
+    return await in_thread(lambda _should_stop: work())
+
+
+def _disk_request(store: ReplicaStore, call: m.DiskCall) -> DiskRequest:
+    """What the disk is made of: a frozen replica, and the journal since."""
+    manifest = store.manifest(call.machine, call.point)
+    entry = next((disk for disk in manifest.disks if disk.state.key == call.disk.key), None)
+    if entry is None:
+        raise FarshoreError(
+            Code.REPLICA_DAMAGED,
+            f"Point {call.point} of {call.machine} has no disk {call.disk.key}.",
+            subject=call.machine,
+        )
+    reader = store.read_point(call.machine, call.point, call.disk.key)
+    return DiskRequest(
+        state=entry.state,
+        index=call.disk.index,
+        snapshot=reader.frozen,
+        digest=entry.root,
+        point=call.point,
+        journal=None if reader.is_frozen else reader,
+    )
 
 
 def _natural(key: str) -> tuple[int, str]:

@@ -14,7 +14,7 @@ from datetime import datetime
 from enum import StrEnum
 from typing import Any, Protocol
 
-from farshore.replication.ports import DiskState, ReplicaStore, Source
+from farshore.replication.ports import DiskState, PointBytes, ReplicaStore, Source
 
 Checkpoint = Callable[[Mapping[str, Any]], None]
 """Called by a long step with what a successor needs to resume (small, JSON-ready, no secrets); becomes the activity's
@@ -194,9 +194,12 @@ class DiskRequest:
 
     state: DiskState
     index: int  # 0 is the boot disk
-    snapshot: str  # handle of the frozen replica out of the manifest
+    snapshot: str  # handle of the frozen replica that the point starts from; "": it starts from zeros
     digest: str
     point: str
+    journal: PointBytes | None = (
+        None  # what has to be written onto a copy of it; None: the point is that state
+    )
 
 
 @dataclass(frozen=True, slots=True)

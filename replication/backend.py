@@ -1,4 +1,4 @@
-"""What a place that keeps replicas must be able to do: the few primitives on which all safety of `replica` rests.
+"""What a place that keeps replicas must be able to do: the few primitives on which all safety of `journal` rests.
 
 Two kinds of things are stored under names: small objects (bytes, created or replaced in one piece) and images (large,
 written at random, frozen as a whole). A page blob container and a folder of files both can. Promises:
@@ -19,7 +19,28 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Protocol
 
+from farshore.domain.errors import Code, FarshoreError
 from farshore.replication.ports import Extent
+
+
+def fenced(machine: str, what: str) -> FarshoreError:
+    """The error of a writer that was overtaken."""
+    return FarshoreError(
+        Code.REPLICA_FENCED, f"Another writer took over the replica of {machine}: {what}.", subject=machine
+    )
+
+
+def handle(image: str, snapshot: str) -> str:
+    """A frozen state in one text."""
+    return f"{image}@{snapshot}"
+
+
+def parse_handle(text: str) -> tuple[str, str]:
+    """Image name and id of the frozen state."""
+    image, _, snapshot = text.rpartition("@")
+    if not image or not snapshot:
+        raise FarshoreError(Code.REPLICA_DAMAGED, f"{text!r} is not the name of a frozen disk.")
+    return image, snapshot
 
 
 class Kind(StrEnum):
@@ -67,6 +88,10 @@ class Backend(Protocol):
         ...
 
     def get(self, name: str) -> bytes | None: ...
+
+    def part(self, name: str, offset: int, length: int) -> bytes | None:
+        """Bytes of an object; fewer where it ends earlier; None if it does not exist."""
+        ...
 
     def list(self, prefix: str) -> list[Stored]:
         """Objects under a prefix, by name. Images are not among them."""

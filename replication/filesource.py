@@ -19,7 +19,7 @@ from pathlib import Path
 from farshore.domain.errors import Code, FarshoreError
 from farshore.domain.points import Consistency
 from farshore.replication import leaves
-from farshore.replication.log import safe_name
+from farshore.replication.journal.entries import safe_name
 from farshore.replication.ports import LEAF, DiskState, Extent, FullCopyNeeded
 
 _IO = 4 << 20

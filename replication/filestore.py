@@ -20,9 +20,11 @@ from collections.abc import Callable, Generator, Iterator, Sequence
 from pathlib import Path
 
 from farshore.domain.errors import Code, FarshoreError
-from farshore.replication.backend import Image, Kind, Snapshot, Stored
+from farshore.replication.backend import Image, Kind, Snapshot, Stored, fenced
+from farshore.replication.journal.keys import Kek
+from farshore.replication.journal.store import JournalStore
+from farshore.replication.journal.writer import Options
 from farshore.replication.ports import Extent
-from farshore.replication.replica import BackendStore, fenced
 
 _FICLONE = 0x40049409
 _FROZEN = re.compile(r"^(?P<image>.+)@(?P<id>(?P<cycle>\d+)-(?P<epoch>\d+)(-\d+)?)$")
@@ -66,6 +68,14 @@ class FileBackend:
             except FileNotFoundError:
                 return None
 
+    def part(self, name: str, offset: int, length: int) -> bytes | None:
+        with _errors(name):
+            try:
+                with _opened(self._root / name, os.O_RDONLY) as file:
+                    return os.pread(file, length, offset)
+            except FileNotFoundError:
+                return None
+
     def list(self, prefix: str) -> list[Stored]:
         with _errors(prefix):
             found: list[Stored] = []
@@ -89,8 +99,8 @@ class FileBackend:
         with _errors(prefix):
             bases: list[str] = []
             frozen: dict[str, list[Snapshot]] = {}
-            for _, name in self._walk(prefix):
-                if "/d/" not in name or name.endswith(".fence"):
+            for _, name in self._walk(prefix + "d/"):
+                if name.endswith(".fence"):
                     continue
                 match = _FROZEN.match(name)
                 if match is None:
@@ -270,11 +280,19 @@ class FileBackend:
             yield
 
 
-class FileReplicaStore(BackendStore):
+class FileReplicaStore(JournalStore):
     """All points of all machines below one folder. See `ReplicaStore`."""
 
-    def __init__(self, root: Path, *, durable: bool = True, clock: Callable[[], float] = time.time) -> None:
-        super().__init__(FileBackend(root, durable=durable), clock=clock)
+    def __init__(
+        self,
+        root: Path,
+        *,
+        durable: bool = True,
+        kek: Kek | None = None,
+        clock: Callable[[], float] = time.time,
+        options: Options | None = None,
+    ) -> None:
+        super().__init__(FileBackend(root, durable=durable), kek=kek, clock=clock, options=options)
 
 
 @contextlib.contextmanager

@@ -6,6 +6,11 @@ the newest committed point. Errors that may pass are waited out (1, 2, 4 … sec
 because the outcome of what failed may be unknown, but never taken from a successor, not even by a leg whose first
 opening failed or that wakes late: `LegPlan.asked_at` tells it from one that was asked for afterwards. Other errors end
 the leg.
+
+The replica disks follow behind, in a thread of their own (`behind`), so that a slow target costs no points: redo after every
+point, a base every `base_every_s` and for every app-consistent and final point. In the time that is left until the next cycle
+is due, what retention removed is swept and the store is scrubbed. Damage that any of them finds is shipped again by the next
+cycle and costs no point.
 """
 
 from __future__ import annotations
@@ -19,12 +24,18 @@ from datetime import datetime
 from farshore.domain.errors import Code, FarshoreError
 from farshore.domain.points import Consistency, RecoveryPoint
 from farshore.domain.retention import RetentionPolicy, gently, prune
-from farshore.replication.engine import CycleResult, Pace, Stopped, never, run_cycle, utc_now
-from farshore.replication.ports import Progress, ProgressSink, ReplicaStore, ReplicaWriter, Source
+from farshore.replication.journal.bandwidth import Priority
+from farshore.replication.journal.behind import Behind
+from farshore.replication.journal.cycle import CycleResult, Pace, Stopped, never, run_cycle, utc_now
+from farshore.replication.journal.writer import Writer
+from farshore.replication.ports import Progress, ProgressSink, ReplicaStore, Source
 
 _CLOCK_DOUBT = (
     3600.0  # seconds that the clock may be ahead of a point that was made just now; beyond, no pruning
 )
+_DRIFT = 60.0  # seconds between two epochs that are opened only because redo failed
+_SCRUB_ROOM = 0.5  # seconds before the next cycle is due in which no scrub is begun
+_SCRUB_PART = 32 << 20  # bytes scrubbed between two looks at the clock
 _POLL = 0.5  # the longest sleep between two looks at `should_stop`, seconds
 
 
@@ -44,6 +55,9 @@ class LegPlan:
     want: Consistency = Consistency.CRASH  # of ordinary points
     backoff_cap_s: float = 60.0
     pace: Pace = field(default_factory=Pace)
+    base_every_s: float = 900.0  # between two bases: bounds how much journal a restore replays
+    sweep_every_s: float = 300.0
+    scrub_every_s: float | None = 7 * 86400.0  # a whole round in this time; None: no scrub
     tags: Mapping[str, str] = field(default_factory=dict[str, str])
     asked_at: datetime | None = (
         None  # when this attempt was scheduled: openings by others after that fence it
@@ -66,7 +80,10 @@ class LegResult:
     last_error: str  # in words, "" if the last cycle was good
     stopped_because: str  # "time" | "asked" | "first point"
     newest_captured_at: datetime | None  # instant of the newest cut whose bytes all reached the target
-    newest_recoverable_at: datetime | None  # instant of the newest point that could be brought up now
+    newest_recoverable_at: datetime | None  # instant of the newest point that is not known to be damaged
+    newest_applied_at: datetime | None  # instant of the newest point that the replica disks have reached
+    bases: int  # made
+    damage: tuple[str, ...]  # points that are known to be damaged
     worst_rpo_s: float  # the most that would have been lost at any moment of this leg, once it had a point
 
 
@@ -120,10 +137,10 @@ class _Leg:
         self._monotonic = monotonic
         self._sleep = sleep
         # Attempts of one activity share `owner`; the token tells this leg from a former attempt of itself. The store
-        # knows its form (`replica.same_activity`).
+        # knows its form (`journal.store.same_activity`).
         self._token = f"{plan.owner}#{uuid.uuid4().hex[:12]}"
         self._epoch: int | None = None
-        self._writer: ReplicaWriter | None = None
+        self._writer: Writer | None = None
         self._newest: RecoveryPoint | None = None
         self._app_tried_at: datetime | None = None
         self._resync = plan.resync
@@ -131,6 +148,16 @@ class _Leg:
         self._changed = self._read = self._shipped = 0
         self._last_error = ""
         self._worst_rpo = 0.0
+        self._behind: Behind | None = None
+        self._drifting_until = 0.0  # monotonic: until then redo that failed is not tried again
+        self._base_at: float | None = None  # monotonic
+        self._base_wanted = False
+        self._freezing = False  # what is under way behind will be a base
+        self._swept_at: float | None = None
+        self._scrub_done = False
+        self._bases = 0
+        self._applied: dict[int, datetime] = {}
+        self._newest_applied: datetime | None = None
 
     def run(self) -> LegResult:
         end = self._monotonic() + self._plan.until_s
@@ -169,16 +196,18 @@ class _Leg:
                 self._last_error = ""
                 if self._plan.stop_after_first:
                     because = "first point"
+                    self._settle()
                     break
                 # A cycle that took longer than the interval is followed by the next at once.
                 due = began + self._plan.interval_s
                 self._tell("waiting for the next cycle")
-                if not self._pause(min(due, end)):
+                if not self._idle(min(due, end)) or not self._pause(min(due, end)):
                     because = "asked"
                     break
         finally:
             self._leave()
         taken = self._newest.taken_at if self._newest is not None else None
+        hurt, sound = self._damage()
         return LegResult(
             cycles=self._cycles,
             points=self._points,
@@ -192,12 +221,18 @@ class _Leg:
             last_error=self._last_error,
             stopped_because=because,
             newest_captured_at=taken,
-            newest_recoverable_at=taken,
+            newest_recoverable_at=sound,
+            newest_applied_at=self._newest_applied,
+            bases=self._bases,
+            damage=hurt,
             worst_rpo_s=self._worst_rpo,
         )
 
-    def _enter(self) -> ReplicaWriter:
+    def _enter(self) -> Writer:
         """Open the epoch, once a leg and again after each error."""
+        if self._writer is not None and self._writer.adrift and self._monotonic() >= self._drifting_until:
+            self._leave()
+            self._drifting_until = self._monotonic() + _DRIFT
         if self._writer is not None:
             return self._writer
         self._tell("opening the replica")
@@ -207,6 +242,11 @@ class _Leg:
         self._writer, self._epoch = writer, writer.epoch
         points = writer.points()
         self._newest = points[-1] if points else None
+        self._behind = Behind(writer, self._should_stop)
+        bases = writer.view().bases
+        if self._base_at is None and bases:
+            age = max(0.0, self._clock().timestamp() - bases[-1].made_at.timestamp())
+            self._base_at = self._monotonic() - age
         if self._app_tried_at is None:
             consistent = [point.taken_at for point in points if point.consistency is not Consistency.CRASH]
             self._app_tried_at = max(consistent) if consistent else None
@@ -215,6 +255,9 @@ class _Leg:
         return writer
 
     def _leave(self) -> None:
+        if self._behind is not None:
+            self._behind.close()
+            self._behind = None
         if self._writer is not None:
             self._writer.close()
             self._writer = None
@@ -239,8 +282,12 @@ class _Leg:
             self._tell(f"the source kept a snapshot that will be removed later: {result.release_error}")
         self._tell("point committed")
         self._retain(writer, result.point, self._monotonic() - began)
+        if result.point.consistency is Consistency.APPLICATION or result.point.final:
+            self._base_wanted = True
+        self._applied[result.point.cycle] = result.point.taken_at
+        self._follow(writer)
 
-    def _make_point(self, writer: ReplicaWriter) -> CycleResult:
+    def _make_point(self, writer: Writer) -> CycleResult:
         want = self._plan.want
         now = self._clock()
         every = self._plan.app_consistent_every_s
@@ -258,7 +305,7 @@ class _Leg:
             self._tell(f"no app-consistent point: {error.info.message}")
             return self._run_cycle(writer, self._plan.want)
 
-    def _run_cycle(self, writer: ReplicaWriter, want: Consistency) -> CycleResult:
+    def _run_cycle(self, writer: Writer, want: Consistency) -> CycleResult:
         return run_cycle(
             self._source,
             writer,
@@ -273,7 +320,7 @@ class _Leg:
             clock=self._clock,
         )
 
-    def _retain(self, writer: ReplicaWriter, newest: RecoveryPoint, took: float) -> None:
+    def _retain(self, writer: Writer, newest: RecoveryPoint, took: float) -> None:
         """Prune, `took` seconds after the cycle of `newest` began. A failure costs nothing but space: the next cycle
         tries again. A clock that jumped must not cost the history, see `_CLOCK_DOUBT` and `gently`."""
         now = self._clock()
@@ -290,6 +337,98 @@ class _Leg:
             if error.code is Code.REPLICA_FENCED or not error.retryable:
                 raise
             self._tell(f"old points stay for now: {error.info.message}")
+
+    def _follow(self, writer: Writer) -> None:
+        """Take up what the thread behind has finished, and give it the next work."""
+        behind = self._behind
+        if behind is None or behind.busy:
+            return
+        try:
+            done = behind.result()
+            if done is not None:
+                self._newest_applied = self._applied.get(done.cycle, self._newest_applied)
+                self._applied = {cycle: at for cycle, at in self._applied.items() if cycle > done.cycle}
+                if done.frozen is not None:
+                    writer.add_base(done.frozen)
+                    self._bases += 1
+        except FarshoreError as error:
+            if error.code is Code.REPLICA_FENCED and not writer.adrift:
+                raise
+            # What is damaged has been noted, the next cycle ships it again; what may pass is tried again, in an epoch of
+            # its own.
+            self._tell(f"the replica stays behind for now: {error.info.message}")
+            self._base_wanted |= self._freezing
+        now = self._monotonic()
+        freeze = self._base_wanted or self._base_at is None or now - self._base_at >= self._plan.base_every_s
+        if writer.adrift:
+            return
+        if freeze:
+            self._base_at, self._base_wanted = now, False
+        self._freezing = freeze
+        behind.begin(freeze=freeze)
+
+    def _settle(self) -> None:
+        """A leg that ends with its first point leaves the replica at it, with a base: promotion is next."""
+        behind, writer = self._behind, self._writer
+        if behind is None or writer is None or not self._plan.final:
+            return
+        self._tell("bringing the replica to the last point")
+        behind.wait()
+        self._base_wanted = True
+        self._follow(writer)
+        behind.wait()
+        self._base_wanted = False
+        self._follow(writer)
+
+    def _idle(self, until: float) -> bool:
+        """Sweep and scrub while there is time. False when asked to stop."""
+        writer, now = self._writer, self._monotonic()
+        if writer is None:
+            return True
+        try:
+            if self._swept_at is None or now - self._swept_at >= self._plan.sweep_every_s:
+                first, self._swept_at = self._swept_at is None, now
+                writer.sweep(thorough=first, look=self._look)
+            while self._scrub_is_due(writer) and self._monotonic() < until - _SCRUB_ROOM:
+                done = writer.scrub(budget=_SCRUB_PART, look=self._look, take=self._take_scrub)
+                self._scrub_done = done.complete
+                for finding in done.findings:
+                    self._tell(f"scrub found damage: {finding.text}")
+        except Stopped:
+            return False
+        except FarshoreError as error:
+            if error.code is Code.REPLICA_FENCED or not error.retryable:
+                raise
+            self._tell(f"sweeping and scrubbing wait: {error.info.message}")
+        return True
+
+    def _scrub_is_due(self, writer: Writer) -> bool:
+        every, behind = self._plan.scrub_every_s, self._behind
+        if every is None or self._scrub_done or (behind is not None and behind.busy):
+            return False
+        coverage = writer.coverage()
+        age = coverage.age(self._clock().timestamp())
+        return bool(coverage.cursor) or age is None or age >= every
+
+    def _take_scrub(self, amount: int) -> None:
+        if self._plan.pace.limit is not None:
+            self._plan.pace.limit.take(amount, Priority.SCRUB, self._should_stop)
+
+    def _look(self) -> None:
+        if self._should_stop():
+            raise Stopped
+
+    def _damage(self) -> tuple[tuple[str, ...], datetime | None]:
+        """Points that are known to be damaged, and the instant of the newest one that is not."""
+        if self._newest is None:
+            return (), None
+        try:
+            hurt = self._store.known_damage(self._plan.machine)
+            sound = [p.taken_at for p in self._store.points(self._plan.machine) if p.id not in hurt]
+        except FarshoreError:
+            # Only what is told would be missing: the leg's own outcome stands.
+            return (), self._newest.taken_at
+        return tuple(hurt), sound[-1] if sound else None
 
     def _pause(self, until: float) -> bool:
         """Sleep; False when asked to stop."""

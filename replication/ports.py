@@ -7,11 +7,16 @@ by Temporal. Sizes and offsets are bytes; times are aware UTC. All failures are 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import datetime
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from farshore.domain.points import Consistency, RecoveryPoint
+
+if TYPE_CHECKING:
+    from farshore.replication.journal.entries import Manifest
+    from farshore.replication.journal.reader import PointReader
+    from farshore.replication.journal.writer import Writer
 
 LEAF = 65536  # bytes of a leaf: the unit of change tracking, hashing and alignment
 
@@ -100,162 +105,23 @@ class Source(Protocol):
     def close(self) -> None: ...
 
 
-@dataclass(frozen=True, slots=True)
-class DiskPoint:
-    """A disk inside a manifest."""
-
-    state: DiskState
-    digest: str  # root over the leaf table, "b3:<hex>"
-    snapshot: str  # the store's handle of the frozen replica (blob snapshot id, file name)
-    leaves: str = ""  # the store's handle of the leaf table frozen with it
-
-
-@dataclass(frozen=True, slots=True)
-class Manifest:
-    """What a committed point consists of. Its creation-if-absent under its cycle number is the commit.
-
-    Cycle numbers rise by one from entry to entry of the machine's log, but some entries are no points: each new owner
-    opens its epoch with an entry of its own (`manifest.Opening`).
-    """
-
-    machine: str
-    cycle: int
-    epoch: int
-    parent: str  # digest of the log's previous entry
-    taken_at: datetime
-    committed_at: datetime
-    consistency: Consistency
-    final: bool
-    full: bool  # at least one disk was compared in full
-    reason: str  # why full, else ""
-    cut: str  # name of the source snapshot
-    bytes_changed: int  # what the source reported as changed, or the whole disk in a full comparison
-    bytes_shipped: int  # what was written to the replica, clears not counted
-    disks: tuple[DiskPoint, ...]
-    tags: dict[str, str] = field(default_factory=dict[str, str])
-
-
-@dataclass(frozen=True, slots=True)
-class Frozen:
-    """A replica disk frozen for a cycle: the store's handles of the disk and of its leaf table."""
-
-    snapshot: str
-    leaves: str
-
-
-@dataclass(frozen=True, slots=True)
-class Leftover:
-    """What dead cycles may have left in a replica disk since the last committed point that contains it."""
-
-    touched: tuple[Extent, ...]  # may differ from the last committed point
-    torn: tuple[Extent, ...]  # of these the leaf table may be wrong as well
-    strayed: bool = (
-        False  # replica or leaf table differ from the newest point without explanation: trust neither
-    )
-
-
-class ReplicaDisk(Protocol):
-    """One replica disk, open for writing under an epoch. Every call fails with ReplicaFenced once a newer epoch exists.
-
-    Order within a cycle: `intend` → write and clear → `flush` → `put_leaves` → `settle` or the next `intend` or freeze.
-    `write`, `clear` and `read` are safe to call from several threads.
-    """
+class PointBytes(Protocol):
+    """A disk of a recovery point, to be written somewhere."""
 
     @property
     def size(self) -> int: ...
-    def leftover(self) -> Leftover:
-        """What has to be visited again although the source may not report it as changed."""
-        ...
-
-    def intend(self, extents: Sequence[Extent]) -> None:
-        """Make durable which extents are about to be written. Must precede the first write into them."""
-        ...
-
-    def settle(self) -> None:
-        """Make durable that leaf table and disk agree again in the extents last intended."""
-        ...
-
-    def write(self, offset: int, data: bytes | memoryview) -> None: ...
-    def clear(self, offset: int, length: int) -> None: ...
-    def read(self, offset: int, length: int) -> bytes: ...
-    def leaves(self) -> bytearray:
-        """The leaf table: 16 bytes a leaf, zeros for a leaf of zeros. The caller changes it in place and stores it with
-        `put_leaves`; it is the same object until the disk is opened anew."""
-        ...
-
-    def put_leaves(self, changed: Sequence[Extent]) -> None:
-        """Store these byte ranges of the table."""
-        ...
-
-    def flush(self) -> None: ...
-
-
-class ReplicaWriter(Protocol):
-    """The one writer of a machine's replica, under an epoch."""
-
-    @property
-    def epoch(self) -> int: ...
-    @property
-    def cycle(self) -> int:
-        """The number the next commit will have."""
-        ...
-
-    @property
-    def parent(self) -> str:
-        """Digest of the log's newest entry: what the next manifest names as its parent."""
-        ...
-
-    def head(self) -> Manifest | None:
-        """The newest committed manifest whose chain is intact."""
-        ...
-
-    def open_disk(self, state: DiskState) -> ReplicaDisk:
-        """Open or create (or resize) the replica of a disk."""
-        ...
-
-    def rebuild_leaves(self, disk_key: str, should_stop: Callable[[], bool]) -> None:
-        """Compute the leaf table of an open disk anew from the replica's own bytes."""
-        ...
-
-    def forget(self) -> None:
-        """Drop what is held in memory about disks: after a failed cycle they are opened anew."""
-        ...
-
-    def freeze(self, cycle: int, disk_key: str) -> Frozen:
-        """Snapshot the replica of one disk, and its leaf table, for a cycle."""
-        ...
-
-    def commit(self, manifest: Manifest) -> RecoveryPoint:
-        """Create the manifest if absent. ReplicaFenced if another writer won the number."""
-        ...
-
-    def points(self) -> list[RecoveryPoint]:
-        """Committed points, oldest first."""
-        ...
-
-    def remove_points(self, cycles: Sequence[int]) -> list[int]:
-        """Delete manifests, then snapshots, of these cycles; those in use are kept. Returns what was removed."""
-        ...
-
-    def keep_alive(self) -> None:
-        """Raises ReplicaFenced when a newer epoch exists."""
-        ...
-
-    def close(self) -> None: ...
-
-
-class PointReader(Protocol):
-    """The frozen bytes of one disk of a point."""
-
-    @property
-    def size(self) -> int: ...
-    def data(self) -> Sequence[Extent]:
-        """Extents that may hold other bytes than zeros, ordered."""
-        ...
-
-    def read(self, offset: int, length: int) -> bytes: ...
-    def leaves(self) -> bytes:
-        """The leaf table frozen with the disk."""
+    def write_out(
+        self,
+        sink: Callable[[int, bytes | memoryview], None],
+        *,
+        clear: Callable[[int, int], None] | None = None,
+        on_base: bool = False,
+        look: Callable[[], None] = ...,
+        workers: int | None = None,
+    ) -> None:
+        """Hand every byte that is not zero to `sink`, from several threads; the target holds zeros. With `on_base` the
+        target holds a copy of the frozen state from which the point starts: only what differs is written or cleared.
+        Everything is verified; the target may be used only if this returns. ReplicaDamaged."""
         ...
 
 
@@ -264,7 +130,7 @@ class ReplicaStore(Protocol):
 
     def acquire(
         self, machine: str, owner: str, *, succeeding: int | None = None, asked_at: datetime | None = None
-    ) -> ReplicaWriter:
+    ) -> Writer:
         """Become the writer: raises the epoch, so that every earlier writer is fenced. Orphans of dead writers are
         reaped. Needs no consent of the former writer and never waits for it.
 
@@ -284,25 +150,30 @@ class ReplicaStore(Protocol):
         """Committed points, oldest first. Needs no writer; works when the source site is gone."""
         ...
 
-    def manifest(self, machine: str, point_id: str) -> Manifest:
+    def manifest(self, machine: str, point: str) -> Manifest:
         """PointNotFound; ReplicaDamaged when the stored bytes do not match their digest."""
         ...
 
-    def read_point(self, machine: str, point_id: str, disk_key: str) -> PointReader:
-        """The frozen bytes of a disk, for verification or restore."""
+    def read_point(self, machine: str, point: str, disk: str) -> PointReader:
+        """The bytes of a disk of a point, for verification or restore."""
         ...
 
-    def hold(self, machine: str, point_id: str, holder: str) -> None:
-        """Protect a point from retention while a run uses it. Idempotent. PointExpired when retention was faster."""
+    def hold(self, machine: str, point: str, holder: str, seconds: float | None = None) -> None:
+        """Protect a point from retention while a run uses it: until it is given back, or as a lease for so many seconds,
+        which the same call renews. Idempotent. PointExpired when retention was faster."""
         ...
 
     def release(self, machine: str, holder: str) -> None:
         """Give back every hold of `holder`. Idempotent."""
         ...
 
-    def keep_only(self, machine: str, point_id: str) -> list[str]:
+    def keep_only(self, machine: str, point: str) -> list[str]:
         """Commit of a failover: fence the writer, delete all other points that no holder uses. Returns the ids that were
         deleted."""
+        ...
+
+    def known_damage(self, machine: str) -> dict[str, str]:
+        """Points that are known to be damaged, by id, and why. Reads no data."""
         ...
 
     def remove_machine(self, machine: str) -> None:

@@ -1,4 +1,4 @@
-"""Managed disks from recovery points: copy the replica's snapshot, import the copy, delete the copy."""
+"""Managed disks from recovery points: copy the frozen replica, write the journal since onto the copy, import it, delete it."""
 
 from __future__ import annotations
 
@@ -78,12 +78,21 @@ class Disks:
             stale=stale,
         )
         made = await self._ensure(wanted, resume=resume, checkpoint=checkpoint)
-        if self._settings.copy_before_import:
+        if self._settings.copy_before_import or request.journal is not None:
             await self._staging.remove(names.staging_blob(owner, request.index))
         return Resource(id=made.id or wanted.id, kind="disk", name=name)
 
     async def _source(self, owner: Owner, request: DiskRequest, checkpoint: Checkpoint) -> str:
-        url = self._snapshot_url(request.snapshot)
+        url = self._snapshot_url(request.snapshot) if request.snapshot else ""
+        if request.journal is not None:
+            return await self._staging.restore(
+                owner,
+                request.index,
+                point=request.point,
+                source_url=url,
+                journal=request.journal,
+                checkpoint=checkpoint,
+            )
         if not self._settings.copy_before_import:
             return url
         return await self._staging.copy(

@@ -1,4 +1,4 @@
-"""Replicas in Azure page blobs: the backend on which `replication.replica` keeps disks and points.
+"""Replicas in Azure: the backend on which `replication.journal` keeps journal, disks and points.
 
 A disk is a page blob that is a fixed VHD (`vhd`), ready to be imported: byte n of the disk is byte n of the blob. Its
 leaf table is a page blob as well. A frozen state is a blob snapshot; small objects are block blobs, created with
@@ -39,11 +39,12 @@ from farshore.domain.errors import Code, FarshoreError
 from farshore.providers.azure import vhd
 from farshore.providers.azure.errors import classify, said
 from farshore.providers.azure.settings import AzureSettings
-from farshore.replication.backend import Image, Kind, Snapshot, Stored
+from farshore.replication.backend import Image, Kind, Snapshot, Stored, fenced, parse_handle
+from farshore.replication.engine import JournalStore, Kek, Options
 from farshore.replication.ports import Extent
-from farshore.replication.replica import BackendStore, fenced, parse_handle
 
 _PAGE = 512
+_REQUESTS = 8  # at a time, of redo and restores
 _MOST = 4 << 20  # the most bytes of one Put Page
 _TRIES = 5
 _FIRST_PAUSE = 0.1  # seconds; doubled from try to try
@@ -51,6 +52,7 @@ _LONGEST_PAUSE = 2.0  # also of what the service asks for: a leg that is asked t
 _TIMEOUT = 30.0  # seconds without a byte until a request counts as lost
 _PASSING = frozenset({Code.TARGET_UNREACHABLE, Code.TARGET_THROTTLED, Code.TARGET_BUSY})
 _REFUSED = frozenset({429, 503})  # together with ServerBusy and the like: nothing was done
+_BEYOND = 416  # the answer to a range behind the end of a blob
 _GONE = frozenset({"blobnotfound", "containernotfound", "resourcenotfound"})
 _TAKEN = frozenset({"blobalreadyexists", "unauthorizedbloboverwrite", "conditionnotmet"})
 
@@ -93,6 +95,19 @@ class PageBlobBackend:
 
     def get(self, name: str) -> bytes | None:
         return self._again(lambda: _unless_gone(self._blob(name)), f"reading {name}", name)
+
+    def part(self, name: str, offset: int, length: int) -> bytes | None:
+        def call() -> bytes | None:
+            try:
+                return self._blob(name).download_blob(offset, length).readall()
+            except HttpResponseError as error:
+                if said(error).key in _GONE:
+                    return None
+                if said(error).status == _BEYOND:
+                    return b""
+                raise
+
+        return self._again(call, f"reading {length} bytes at {offset} of {name}", name)
 
     def list(self, prefix: str) -> list[Stored]:
         def call() -> list[Stored]:
@@ -347,10 +362,17 @@ class PageBlobBackend:
         raise AssertionError("the last try returns or raises")
 
 
-class AzureReplicaStore(BackendStore):
+class AzureReplicaStore(JournalStore):
     """All points of all machines in one container. See `ReplicaStore`."""
 
-    def __init__(self, settings: AzureSettings, *, clock: Callable[[], float] = time.time) -> None:
+    def __init__(
+        self,
+        settings: AzureSettings,
+        *,
+        kek: Kek | None = None,
+        clock: Callable[[], float] = time.time,
+        how: Options | None = None,
+    ) -> None:
         options: dict[str, Any] = {"connection_verify": settings.ca_file} if settings.ca_file else {}
         self._settings = settings
         self._blobs = BlobServiceClient(
@@ -364,10 +386,12 @@ class AzureReplicaStore(BackendStore):
             max_chunk_get_size=_MOST,
             **options,
         )
-        super().__init__(PageBlobBackend(self._blobs, settings.container), clock=clock)
+        backend = PageBlobBackend(self._blobs, settings.container)
+        # Requests, not processors, are what redo and restores wait for.
+        super().__init__(backend, kek=kek, clock=clock, options=how or Options(workers=_REQUESTS))
 
     def blob_url(self, handle: str, *, sas_seconds: float | None = None) -> str:
-        """The address of a frozen disk (`DiskPoint.snapshot`), ending in `?snapshot=…`.
+        """The address of a frozen disk (`PointReader.frozen`), ending in `?snapshot=…`.
 
         With `sas_seconds` a signature for reading this snapshot is appended, valid that long. Such an address is a
         secret: it belongs into no history and no log. Makes no request.

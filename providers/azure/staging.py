@@ -3,13 +3,19 @@
 The copy gives every disk its own blob, so that Azure's limit of one import a minute and blob does not bind, and replication
 goes on beside it. Copies are asynchronous at Azure's side; here they are begun once, watched, and replaced when
 they broke.
+
+A point between two frozen states is restored onto such a copy, or onto an empty blob, by writing the journal. What a leaf has
+to hold is the same whoever writes it and however often, so attempts need no order: a restore that died is done again on the
+same blob, and a mark in its metadata tells when it is whole.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+import threading
+from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass
+from urllib.parse import quote
 
 from azure.core import MatchConditions
 from azure.core.exceptions import AzureError
@@ -17,12 +23,21 @@ from azure.storage.blob import BlobProperties
 from azure.storage.blob.aio import BlobClient
 
 from farshore.domain.errors import Code, FarshoreError
-from farshore.providers.azure import names
+from farshore.providers.azure import names, vhd
 from farshore.providers.azure.client import AzureClients
 from farshore.providers.azure.errors import classify, is_missing, said
+from farshore.providers.azure.pageblobs import AzureReplicaStore
 from farshore.providers.ports import Checkpoint, Owner, Resource
+from farshore.replication.ports import PointBytes
 
 _STEP = "copy"
+_FROM = "restoredfrom"  # metadata: the snapshot under the journal
+_RESTORED = "restored"  # metadata: the journal was written, all of it
+_NO_FENCE = 1 << 62  # a staging blob belongs to its run; its sequence number stays 0
+
+
+def _same(found: BlobProperties, metadata: Mapping[str, str]) -> bool:
+    return {key.lower(): value for key, value in (found.metadata or {}).items()} == dict(metadata)
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +65,20 @@ class Staging:
         """
         name = names.staging_blob(owner, index)
         blob = self._clients.container.get_blob_client(name)
-        metadata = names.metadata(owner, point)
+        return await self._copied(
+            blob, name, owner, index, names.metadata(owner, point), source_url, checkpoint
+        )
+
+    async def _copied(
+        self,
+        blob: BlobClient,
+        name: str,
+        owner: Owner,
+        index: int,
+        metadata: dict[str, str],
+        source_url: str,
+        checkpoint: Checkpoint,
+    ) -> str:
         started = False
         while True:
             found = await self._properties(blob, name)
@@ -59,7 +87,7 @@ class Staging:
                 started = True
                 continue
             status = str(found.copy.status or "")
-            same = {k.lower(): v for k, v in (found.metadata or {}).items()} == metadata
+            same = _same(found, metadata)
             if same and status == "success":
                 return blob.url
             if same and status == "pending":
@@ -81,6 +109,103 @@ class Staging:
                     subject=owner.machine,
                 )
             await self._discard(blob, name, found)
+
+    async def restore(
+        self,
+        owner: Owner,
+        index: int,
+        *,
+        point: str,
+        source_url: str,
+        journal: PointBytes,
+        checkpoint: Checkpoint,
+    ) -> str:
+        """Have the point's disk in a blob; returns its URL. `source_url` is the frozen state that the journal is written
+        onto, "" for none. Raises what `copy` raises, and ReplicaDamaged."""
+        name = names.staging_blob(owner, index)
+        blob = self._clients.container.get_blob_client(name)
+        metadata = {
+            **names.metadata(owner, point),
+            _FROM: quote(source_url.partition("?")[2], safe="") or "zeros",
+        }
+        whole = {**metadata, _RESTORED: "yes"}
+        found = await self._properties(blob, name)
+        if found is not None and _same(found, whole):
+            return blob.url
+        if source_url:
+            await self._copied(blob, name, owner, index, metadata, source_url, checkpoint)
+        else:
+            await self._empty(blob, name, owner, metadata, journal.size)
+        await self._write_out(name, journal, index, on_base=bool(source_url), checkpoint=checkpoint)
+        try:
+            await blob.set_blob_metadata(whole)
+        except AzureError as error:
+            raise classify(error, doing=f"marking blob {name}", subject=name) from error
+        return blob.url
+
+    async def _empty(
+        self, blob: BlobClient, name: str, owner: Owner, metadata: dict[str, str], size: int
+    ) -> None:
+        """An empty disk, unless this very restore has made it already."""
+        found = await self._properties(blob, name)
+        if found is not None and (not _same(found, metadata) or found.size != vhd.blob_size(size)):
+            if not names.is_of(owner, names.from_metadata(found.metadata)):
+                raise FarshoreError(
+                    Code.NAME_TAKEN,
+                    f"There is a blob {name} already; {names.describe(names.from_metadata(found.metadata))}.",
+                    subject=owner.machine,
+                )
+            await self._discard(blob, name, found)
+            found = None
+        try:
+            if found is None:
+                await blob.create_page_blob(vhd.blob_size(size), metadata=metadata)
+            footer = vhd.footer(size, name)
+            await blob.upload_page(footer, vhd.virtual_size(size), vhd.FOOTER)
+        except AzureError as error:
+            raise classify(error, doing=f"making blob {name}", subject=name) from error
+
+    async def _write_out(
+        self, name: str, journal: PointBytes, index: int, *, on_base: bool, checkpoint: Checkpoint
+    ) -> None:
+        """In threads, told about as it goes."""
+        done = 0
+        stop = threading.Event()
+        lock = threading.Lock()
+
+        def look() -> None:
+            if stop.is_set():
+                raise InterruptedError
+
+        def work() -> None:
+            target = AzureReplicaStore(self._settings)
+
+            def sink(offset: int, data: bytes | memoryview) -> None:
+                nonlocal done
+                target.backend.write(name, offset, data, _NO_FENCE)
+                with lock:
+                    done += len(data)
+
+            try:
+                journal.write_out(
+                    sink,
+                    clear=lambda offset, length: target.backend.clear(name, offset, length, _NO_FENCE),
+                    on_base=on_base,
+                    look=look,
+                )
+            finally:
+                target.close()
+
+        task = asyncio.ensure_future(asyncio.to_thread(work))
+        try:
+            while not task.done():
+                checkpoint({"step": "replay", "disk": index, "mib": done >> 20})
+                await asyncio.wait([task], timeout=self._settings.checkpoint_interval)
+            await task
+        finally:
+            stop.set()  # when we are cancelled; nobody waits for it for long
+            if not task.done():
+                await asyncio.wait([task])
 
     async def remove(self, name: str) -> None:
         """Delete a staging blob; gone already is fine. A copy under way is aborted first."""

@@ -31,7 +31,7 @@ ARROWS: dict[str, set[str]] = {
     "plans": {"domain"},
     "contract": {"plans", "domain"},
     "replication": {"domain"},
-    "providers": {"domain", "replication.ports", "replication.backend", "replication.replica"},
+    "providers": {"domain", "replication.ports", "replication.backend", "replication.engine"},
     "activities": {"providers.ports", "replication", "plans", "contract", "domain"},
     "workflows": {"activities", "plans", "contract", "domain"},
     "workers": set(PRODUCT) - {"workers"},
@@ -120,8 +120,8 @@ MUTANTS = {
     ("replication", "import farshore.providers"): "replication imports domain",
     (
         "providers/azure",
-        "import farshore.replication.engine",
-    ): "providers import domain and what replication lets a store fill: ports, backend, replica",
+        "import farshore.replication.loop",
+    ): "providers import domain and what replication lets a store fill: ports, backend, engine",
     ("providers/vsphere", "import farshore.providers.azure"): "a provider does not know its siblings",
     ("activities", "from farshore.providers.azure import client"): (
         "activities import providers.ports, replication, plans, contract, domain"

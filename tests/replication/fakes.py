@@ -10,9 +10,8 @@ from datetime import UTC, datetime, timedelta
 
 from farshore.domain.errors import Code, FarshoreError
 from farshore.domain.points import Consistency
-from farshore.replication.backend import Image, Kind, Snapshot, Stored
+from farshore.replication.backend import Image, Kind, Snapshot, Stored, fenced
 from farshore.replication.ports import LEAF, DiskState, Extent, FullCopyNeeded
-from farshore.replication.replica import fenced
 
 
 class Crash(BaseException):
@@ -90,6 +89,10 @@ class MemoryBackend:
         with self.lock:
             found = self.objects.get(name)
             return found[0] if found else None
+
+    def part(self, name: str, offset: int, length: int) -> bytes | None:
+        data = self.get(name)
+        return None if data is None else data[offset : offset + length]
 
     def list(self, prefix: str) -> list[Stored]:
         with self.lock:

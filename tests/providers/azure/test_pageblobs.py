@@ -7,6 +7,7 @@ import base64
 import random
 import struct
 import threading
+import time
 import urllib.request
 import uuid
 from collections.abc import Iterator
@@ -25,17 +26,16 @@ from farshore.lab.blob.store import BlobStore
 from farshore.providers.azure import pageblobs, vhd
 from farshore.providers.azure.pageblobs import AzureReplicaStore, PageBlobBackend
 from farshore.providers.azure.settings import AzureSettings
-from farshore.replication.backend import Kind
-from farshore.replication.engine import Pace, run_cycle
+from farshore.replication.backend import Kind, parse_handle
+from farshore.replication.engine import JournalStore, Options, Pace, run_cycle
 from farshore.replication.filesource import FileSource
 from farshore.replication.loop import LegPlan, run_leg
 from farshore.replication.ports import LEAF
-from farshore.replication.replica import BackendStore
 from farshore.replication.verify import verify_point
 
 MIB = 1 << 20
 KEY = base64.b64encode(b"a laboratory key of no value at all").decode()
-PACE = Pace(workers=2, piece=4 * LEAF, window=16 * LEAF, poll=0.05)
+PACE = Pace(workers=2, piece=4 * LEAF, poll=0.05)
 
 
 @dataclass
@@ -142,7 +142,7 @@ def cycle(guest: Guest, writer, **options):
     )
 
 
-def read(store: BackendStore, machine: str, point: str) -> dict[str, bytes]:
+def read(store: JournalStore, machine: str, point: str) -> dict[str, bytes]:
     disks = [disk.state for disk in store.manifest(machine, point).disks]
     return {d.key: store.read_point(machine, point, d.key).read(0, d.size) for d in disks}
 
@@ -154,6 +154,8 @@ def test_every_point_is_the_source_at_its_cut(store: AzureReplicaStore, guest: G
         guest.write()
         result = cycle(guest, writer)
         truth[result.point.id] = guest.content()
+        if len(truth) % 2:
+            writer.freeze()
     assert [point.id for point in store.points(guest.machine)] == list(truth)
     for point, content in truth.items():
         assert read(store, guest.machine, point) == content
@@ -164,14 +166,17 @@ def test_every_point_is_the_source_at_its_cut(store: AzureReplicaStore, guest: G
 def test_a_replica_blob_is_a_fixed_vhd_of_whole_mebibytes(
     store: AzureReplicaStore, lab: Lab, guest: Guest
 ) -> None:
-    result = cycle(guest, store.acquire(guest.machine, "me"))
+    writer = store.acquire(guest.machine, "me")
+    cycle(guest, writer)
+    base = writer.freeze()
     content = guest.content()
-    for disk in result.manifest.disks:
-        name, snapshot = disk.snapshot.split("@")
+    assert base is not None
+    for disk in base.disks:
+        name, snapshot = parse_handle(disk.snapshot)
         raw = lab.blob(name, snapshot).download_blob().readall()
-        size = disk.state.size
+        size = disk.size
         assert len(raw) % MIB == 512
-        assert raw[:size] == content[disk.state.key]
+        assert raw[:size] == content[disk.key]
         assert not any(raw[size:-512])
         footer = raw[-512:]
         assert footer[:8] == b"conectix" and struct.unpack(">QQ", footer[40:56]) == (len(raw) - 512,) * 2
@@ -206,24 +211,29 @@ def test_a_resized_disk_has_one_footer_and_no_remnants(
 def test_a_disk_that_grows_keeps_its_older_points(store: AzureReplicaStore, guest: Guest) -> None:
     writer = store.acquire(guest.machine, "me")
     first, before = cycle(guest, writer), guest.content()
+    writer.freeze()
     with guest.files["2000"].open("r+b") as file:
         file.truncate(40 * LEAF)
     second = cycle(guest, writer)
     assert second.full and "resized" in second.reason
+    writer.freeze()
     assert read(store, guest.machine, first.point.id) == before
     assert read(store, guest.machine, second.point.id) == guest.content()
 
 
 def test_an_older_writer_is_refused_everything(store: AzureReplicaStore, guest: Guest) -> None:
     old = store.acquire(guest.machine, "old")
-    first = cycle(guest, old)
-    disk = old.open_disk(first.manifest.disks[0].state)
-    new = store.acquire(guest.machine, "new")
+    cycle(guest, old)
+    old.advance()
     guest.write()
+    cycle(guest, old)
+    new = store.acquire(guest.machine, "new")
     for attempt in (
-        lambda: disk.write(0, bytes(LEAF)),
-        lambda: disk.clear(0, LEAF),
+        old.advance,
+        old.freeze,
         lambda: cycle(guest, old),
+        lambda: old.remove_points([2]),
+        old.sweep,
         old.keep_alive,
         lambda: store.acquire(guest.machine, "old", succeeding=old.epoch),
     ):
@@ -279,6 +289,7 @@ def test_requests_that_fail_for_a_moment_do_not_cost_the_cycle(
     lab.faults.add("reset-after", op="SnapshotBlob", count=1)
     lab.faults.add("status", op="SetBlobProperties", count=1)
     result = cycle(guest, writer)
+    writer.freeze()
     assert read(store, guest.machine, result.point.id) == guest.content()
     store.acquire(guest.machine, "next")
     frozen = [s.id for image in store.backend.images(f"{guest.machine}/") for s in image.snapshots]
@@ -326,20 +337,45 @@ def test_a_change_of_pages_that_was_refused_for_certain_is_repeated(
     assert backend.read(name, 0, 512) == b"x" * 512
 
 
-def test_a_lost_write_costs_the_epoch_so_that_it_is_refused_when_it_lands_later(
+def test_a_lost_write_to_a_replica_costs_the_epoch_so_that_it_is_refused_when_it_lands_later(
     store: AzureReplicaStore, lab: Lab, guest: Guest
 ) -> None:
-    lab.faults.add("reset-before", op="PutPage", blob=f"*/{guest.machine}/d/2000.vhd", skip=1, count=1)
-    naps: list[float] = []
-    plan = LegPlan(guest.machine, "me", 1.0, stop_after_first=True, pace=PACE)
-    result = run_leg(guest.source, store, plan, sleep=naps.append)
-    assert (result.errors, result.points) == (1, 1)
-    assert read(store, guest.machine, result.newest.id) == guest.content()
-    first, second = store.log(guest.machine).read().openings
-    blob = lab.blob(f"{guest.machine}/d/2000.vhd")
+    writer = store.acquire(guest.machine, "me")
+    point = cycle(guest, writer).point
+    lab.faults.add("reset-before", op="PutPage", blob=f"*/{guest.machine}/d/2000*.vhd", skip=2, count=1)
+    with pytest.raises(FarshoreError) as caught:
+        writer.advance()
+    assert caught.value.code is Code.TARGET_UNREACHABLE
+    with pytest.raises(FarshoreError) as caught:
+        writer.advance()
+    assert caught.value.code is Code.REPLICA_FENCED and writer.adrift
+    second = store.acquire(guest.machine, "again")
+    assert second.freeze() is not None
+    (name,) = [
+        image.name
+        for image in store.backend.images(f"{guest.machine}/")
+        if "2000" in image.name and ".vhd" in image.name
+    ]
     with pytest.raises(HttpResponseError) as late:
-        blob.upload_page(b"?" * 512, 0, 512, if_sequence_number_lte=first.epoch)
-    assert late.value.status_code == 412 and second.epoch > first.epoch
+        lab.blob(name).upload_page(b"?" * 512, 0, 512, if_sequence_number_lte=writer.epoch)
+    assert late.value.status_code == 412 and second.epoch > writer.epoch
+    assert read(store, guest.machine, point.id) == guest.content()
+
+
+def test_a_leg_takes_a_new_epoch_after_a_lost_write_and_loses_no_point(
+    store: AzureReplicaStore, lab: Lab, guest: Guest
+) -> None:
+    lab.faults.add("reset-before", op="PutPage", blob=f"*/{guest.machine}/d/2000*.vhd", skip=2, count=1)
+    bases: list[int] = []
+
+    def enough() -> bool:
+        bases.append(len(store.log(guest.machine).read(time.time()).bases))
+        return bases[-1] > 0
+
+    plan = LegPlan(guest.machine, "me", 0.2, until_s=120.0, pace=PACE, scrub_every_s=None)
+    result = run_leg(guest.source, store, plan, should_stop=enough)
+    assert result.points > 1 and result.errors == 0 and bases[-1]
+    assert read(store, guest.machine, result.newest.id) == guest.content()
 
 
 def test_a_dead_storage_account_is_a_retryable_error(
@@ -354,17 +390,24 @@ def test_a_dead_storage_account_is_a_retryable_error(
 def test_a_flipped_byte_in_a_blob_is_found(store: AzureReplicaStore, lab: Lab, guest: Guest) -> None:
     writer = store.acquire(guest.machine, "me")
     first = cycle(guest, writer)
-    name = first.manifest.disks[0].snapshot.split("@")[0]
+    writer.advance()
+    (name,) = [
+        image.name
+        for image in store.backend.images(f"{guest.machine}/")
+        if "2000" in image.name and ".vhd" in image.name
+    ]
     blob = lab.blob(name)
     page = bytearray(blob.download_blob(5 * LEAF, 512).readall())
     page[7] ^= 1
     blob.upload_page(bytes(page), 5 * LEAF, 512)
     second = cycle(guest, writer)
+    writer.freeze()
     verify_point(store, guest.machine, first.point.id)
     with pytest.raises(FarshoreError, match=f"{LEAF} bytes at {5 * LEAF}") as caught:
         verify_point(store, guest.machine, second.point.id)
     assert caught.value.code is Code.REPLICA_DAMAGED
     healed = cycle(guest, writer, resync=True)
+    writer.freeze()
     verify_point(store, guest.machine, healed.point.id)
     assert healed.bytes_shipped == LEAF
 
@@ -376,26 +419,40 @@ def test_the_address_of_a_frozen_disk_serves_its_bytes(
     guest.machine = f"{name} {guest.machine}"
     writer = store.acquire(guest.machine, "me")
     result, truth = cycle(guest, writer), guest.content()
+    writer.freeze()
     guest.write()
     cycle(guest, writer)
-    disk = result.manifest.disks[0]
-    assert store.blob_url(disk.snapshot).endswith("?snapshot=" + disk.snapshot.split("@")[1])
-    with urllib.request.urlopen(store.blob_url(disk.snapshot, sas_seconds=60), timeout=10) as answer:
-        assert answer.read()[: disk.state.size] == truth["2000"]
+    writer.advance()
+    reader = store.read_point(guest.machine, result.point.id, "2000")
+    assert reader.is_frozen
+    assert store.blob_url(reader.frozen).endswith("?snapshot=" + parse_handle(reader.frozen)[1])
+    with urllib.request.urlopen(store.blob_url(reader.frozen, sas_seconds=60), timeout=10) as answer:
+        assert answer.read()[: reader.size] == truth["2000"]
 
 
-def test_removed_points_take_their_snapshots_along_and_held_ones_stay(
-    store: AzureReplicaStore, guest: Guest
-) -> None:
+def test_removed_points_take_their_blobs_along_and_held_ones_stay(lab: Lab, guest: Guest) -> None:
+    now = [1000.0]
+    store = AzureReplicaStore(lab.settings, clock=lambda: now[0], how=Options(grace=10.0))
     writer = store.acquire(guest.machine, "me")
-    made = [cycle(guest, writer).point for _ in range(4)]
+    made = []
+    for _ in range(4):
+        guest.write()
+        made.append(cycle(guest, writer).point)
+        writer.freeze()
+    truth = guest.content()
+    now[0] += 100.0
     store.hold(guest.machine, made[1].id, "test failover")
     assert writer.remove_points([point.cycle for point in made]) == [made[0].cycle, made[2].cycle]
     assert [p.id for p in store.points(guest.machine)] == [made[1].id, made[3].id]
+    for _ in range(2):
+        now[0] += 100.0
+        writer.sweep(thorough=True)
     assert {len(image.snapshots) for image in store.backend.images(f"{guest.machine}/")} == {2}
     assert store.points(guest.machine)[0].pinned
     store.release(guest.machine, "test failover")
     assert store.keep_only(guest.machine, made[3].id) == [made[1].id]
+    assert read(store, guest.machine, made[3].id) == truth
+    store.close()
 
 
 def test_a_removed_machine_leaves_nothing(store: AzureReplicaStore, lab: Lab, guest: Guest) -> None:
@@ -429,6 +486,7 @@ def test_crashes_at_any_request_leave_only_true_points(lab: Lab, tmp_path: Path,
                 truth[f"farshore-{guest.machine}-{writer.epoch}-{writer.cycle}"] = content
                 acknowledged.append(cycle(guest, writer).point.id)
                 guest.write()
+                writer.freeze() if dice.random() < 0.5 else writer.advance()
         except FarshoreError as error:
             if error.code not in (Code.TARGET_UNREACHABLE, Code.REPLICA_FENCED):
                 raise
@@ -465,11 +523,11 @@ def test_a_quiet_cycle_costs_few_requests(store: AzureReplicaStore, lab: Lab, gu
     lab.faults.counts.clear()
     cycle(guest, writer)
     idle = dict(lab.faults.counts)
-    assert idle == {"SnapshotBlob": 4, "PutBlob": 1}, idle
+    assert idle == {"ListBlobs": 1, "PutBlob": 1}, idle
     for path in guest.files.values():
         with path.open("r+b") as file:
             file.write(guest.dice.randbytes(100))
     lab.faults.counts.clear()
     cycle(guest, writer)
     busy = dict(lab.faults.counts)
-    assert busy == {"SnapshotBlob": 4, "PutBlob": 3, "PutPage": 4, "DeleteBlob": 2}, busy
+    assert busy == {"ListBlobs": 1, "PutBlob": 3}, busy

@@ -65,9 +65,11 @@ def test_azurite_keeps_the_same_promises(azurite: AzureReplicaStore, tmp_path: P
         guest.write()
         result = cycle(guest, old)
         truth[result.point.id] = guest.content()
-    disk = old.open_disk(result.manifest.disks[0].state)
+    old.freeze()
+    guest.write()
+    truth[cycle(guest, old).point.id] = guest.content()
     new = azurite.acquire(guest.machine, "new")
-    for attempt in (lambda: disk.write(0, bytes(512)), lambda: cycle(guest, old)):
+    for attempt in (old.advance, old.freeze, lambda: cycle(guest, old)):
         with pytest.raises(FarshoreError) as caught:
             attempt()
         assert caught.value.code is Code.REPLICA_FENCED
@@ -79,9 +81,11 @@ def test_azurite_keeps_the_same_promises(azurite: AzureReplicaStore, tmp_path: P
     for point, content in truth.items():
         assert read(azurite, guest.machine, point) == content
         verify_point(azurite, guest.machine, point)
-    url = azurite.blob_url(result.manifest.disks[0].snapshot, sas_seconds=60)
+    new.freeze()
+    frozen = azurite.read_point(guest.machine, result.point.id, "2000").frozen
+    url = azurite.blob_url(frozen, sas_seconds=60)
     with urllib.request.urlopen(url, timeout=10) as answer:
         assert answer.read()[: 40 * LEAF] == guest.content()["2000"]
-    assert len(azurite.keep_only(guest.machine, result.point.id)) == 3
+    assert len(azurite.keep_only(guest.machine, result.point.id)) == 4
     azurite.remove_machine(guest.machine)
     assert not azurite.backend.list("") and not azurite.backend.images(f"{guest.machine}/")

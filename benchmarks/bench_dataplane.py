@@ -1,0 +1,293 @@
+"""How fast the journal engine copies, stores and restores, with foreign programs in the same run as anchors.
+
+    python benchmarks/bench_dataplane.py [--mib 1024] [--rounds 3] [--only copy,bytes,rpo,memory] [--check]
+
+All rates are MB (10^6 bytes) of data a second, best of the rounds, interleaved. Client and server share the machine. Not
+like for like: our columns read, hash and make a durable, verifiable point; the anchors only copy, and nbdcopy's pipe into
+zstd carries the holes as zeros. `--check` exits with 1 where a ratio that the project promises is not met.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import random
+import resource
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from datetime import UTC, datetime
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from benchmarks.anchors import MIB, extents, make_disk, missing, rounds, shell
+from farshore.domain.points import Consistency
+from farshore.replication.filestore import FileBackend
+from farshore.replication.journal.cycle import Pace, run_cycle
+from farshore.replication.journal.store import JournalStore
+from farshore.replication.ports import LEAF, DiskState, Extent
+
+GIB = 1 << 30
+
+
+class RawCut:
+    """A raw file that nobody writes: its own frozen image."""
+
+    consistency = Consistency.CRASH
+    powered_off = True
+
+    def __init__(self, source: RawSource, name: str) -> None:
+        self.name = name
+        self.taken_at = datetime.now(UTC)
+        self._source = source
+        self.dirty = source.take_dirty()
+        self.disks = (DiskState("0", "disk", source.size, "raw", name),)
+
+    def changed(self, disk_key: str, since: DiskState | None) -> Iterator[Extent]:
+        if since is None:
+            return (Extent(start, length) for start, length in extents(self._source.path))
+        return (Extent(leaf * LEAF, LEAF) for leaf in sorted(self.dirty))
+
+    def read(self, disk_key: str, offset: int, length: int) -> bytes:
+        return os.pread(self._source.fd, length, offset)
+
+    def release(self) -> None: ...
+
+
+class RawSource:
+    """A machine with one raw disk, and an honest list of the leaves that were written since the last cut."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.fd = os.open(path, os.O_RDWR)
+        self.size = os.fstat(self.fd).st_size
+        self._dirty: set[int] = set()
+        self._lock = threading.Lock()
+
+    def write(self, leaf: int, data: bytes) -> None:
+        os.pwrite(self.fd, data, leaf * LEAF)
+        with self._lock:
+            self._dirty.add(leaf)
+
+    def take_dirty(self) -> set[int]:
+        with self._lock:
+            taken, self._dirty = self._dirty, set()
+        return taken
+
+    def cut(self, name: str, *, want: Consistency) -> RawCut:
+        return RawCut(self, name)
+
+    def reap(self, upto: str = "") -> list[str]:
+        return []
+
+    def close(self) -> None:
+        os.close(self.fd)
+
+
+def store_at(folder: Path) -> JournalStore:
+    return JournalStore(FileBackend(folder))
+
+
+def one_point(disk: Path, folder: Path, level: int, workers: int = 2) -> None:
+    """A first copy into an empty store."""
+    shutil.rmtree(folder, ignore_errors=True)
+    source, writer = RawSource(disk), store_at(folder).acquire("vm", "bench")
+    run_cycle(source, writer, machine="vm", want=Consistency.CRASH, pace=Pace(workers=workers, level=level))
+    writer.close()
+    source.close()
+
+
+def restore(folder: Path, to: Path) -> None:
+    """Materialise the newest point, every chunk verified."""
+    store = store_at(folder)
+    reader = store.read_point("vm", store.points("vm")[-1].id, "0")
+    with to.open("wb") as out:
+        out.truncate(reader.size)
+
+        def sink(offset: int, data: bytes | memoryview) -> None:
+            os.pwrite(out.fileno(), data, offset)
+
+        reader.write_out(sink)
+
+
+def copying(work: Path, mib: int, times: int) -> list[str]:
+    """Throughput against nbdcopy, its pipe into zstd, qemu-img and cp. Returns what was promised and not met."""
+    disk, out = work / "disk.img", work / "out.img"
+    data = make_disk(disk, mib * MIB)
+    print(f"disk of {mib} MiB, {data / 1e6:.0f} MB of data; {times} rounds")
+    plain, packed = work / "plain", work / "packed"
+    ours = {
+        "Farshore, uncompressed": lambda: one_point(disk, plain, 0),
+        "Farshore, zstd -1": lambda: one_point(disk, packed, 1),
+        "Farshore, materialise": lambda: restore(packed, work / "restored.img"),
+    }
+    anchors = {
+        "nbdcopy": shell(f"rm -f {out}; nbdcopy {disk} {out}"),
+        "nbdcopy | zstd -1 -T2": shell(f"nbdcopy {disk} - | zstd -1 -T2 -q -f -o {out}"),
+        "qemu-img convert": shell(f"rm -f {out}; qemu-img convert -f raw -O raw {disk} {out}"),
+        "qemu-img convert -c zstd": shell(
+            f"rm -f {out}; qemu-img convert -c -W -f raw -O qcow2 -o compression_type=zstd {disk} {out}"
+        ),
+        "cp --sparse=auto": shell(f"rm -f {out}; cp --reflink=never --sparse=auto {disk} {out}"),
+    }
+    absent = missing("nbdcopy", "zstd", "qemu-img")
+    if absent:
+        print(f"without anchors: {', '.join(absent)} not here")
+        anchors = {}
+    took = rounds(ours | anchors, times)
+    for name, best in took.items():
+        print(f"  {name:26} {best.rate(data):7.0f} MB/s   {best.cost(data):6.2f} CPU ms/MB")
+    same = subprocess.run(["cmp", "-s", disk, work / "restored.img"], check=False).returncode == 0
+    print(f"  materialised disk equals the source: {same}")
+    failed = [] if same else ["the materialised disk differs"]
+    core = 1e3 / took["Farshore, materialise"].cost(data)
+    if core < 500:
+        failed.append(f"materialise: {core:.0f} MB/s per core, 500 promised")
+    print(f"  materialise: {core:.0f} MB a CPU second")
+    if anchors:
+        for mine, theirs, wanted in (
+            ("Farshore, uncompressed", "nbdcopy", 0.9),
+            ("Farshore, zstd -1", "nbdcopy | zstd -1 -T2", 2.0),
+        ):
+            ratio = took[theirs].wall / took[mine].wall
+            print(f"  {mine} is {ratio:.2f} x {theirs} ({wanted} promised)")
+            if ratio < wanted:
+                failed.append(f"{mine}: {ratio:.2f} x {theirs}")
+    return failed
+
+
+def bytes_shipped(work: Path) -> list[str]:
+    """Bytes shipped per byte changed, at 64 KiB leaves."""
+    disk, folder = work / "shipped.img", work / "shipped"
+    make_disk(disk, 256 * MIB, seed=2)
+    source, writer = RawSource(disk), store_at(folder).acquire("vm", "bench")
+    pace = Pace(workers=2)
+    run_cycle(source, writer, machine="vm", want=Consistency.CRASH, pace=pace)
+    dice = random.Random(3)
+    changed = shipped = 0
+    for _ in range(20):
+        leaves = dice.sample(range(source.size // LEAF), 64)
+        for leaf in leaves:
+            source.write(leaf, dice.randbytes(LEAF))
+        done = run_cycle(source, writer, machine="vm", want=Consistency.CRASH, pace=pace)
+        changed += len(leaves) * LEAF
+        shipped += done.bytes_shipped
+    writer.close()
+    ratio = shipped / changed
+    print(f"bytes shipped per byte changed, before compression: {ratio:.4f} (1.02 promised)")
+    return [] if ratio <= 1.02 else [f"{ratio:.3f} bytes shipped per byte changed"]
+
+
+def recovery_point_objective(work: Path, seconds: float) -> list[str]:
+    """Age of the newest point just before the next one, one machine, a cycle every 5 s."""
+    failed: list[str] = []
+    for churn in (5, 54, 100):
+        disk, folder = work / f"rpo{churn}.img", work / f"rpo{churn}"
+        with disk.open("wb") as file:
+            file.truncate(4 * GIB)
+        source, writer = RawSource(disk), store_at(folder).acquire("vm", "bench")
+        stop = threading.Event()
+        thread = threading.Thread(target=write_steadily, args=(source, churn * 1e6, stop))
+        thread.start()
+        exposed: list[float] = []
+        cpu, began = time.process_time(), time.monotonic()
+        try:
+            newest: datetime | None = None
+            while time.monotonic() - began < seconds:
+                due = time.monotonic() + 5.0
+                done = run_cycle(source, writer, machine="vm", want=Consistency.CRASH, pace=Pace(workers=2))
+                if newest is not None:
+                    exposed.append((done.manifest.committed_at - newest).total_seconds())
+                newest = done.manifest.taken_at
+                time.sleep(max(0.0, due - time.monotonic()))
+        finally:
+            stop.set()
+            thread.join()
+            writer.close()
+            source.close()
+        shutil.rmtree(folder)
+        disk.unlink()
+        p50, p99 = statistics.median(exposed), max(exposed)
+        cores = (time.process_time() - cpu) / (time.monotonic() - began)
+        print(
+            f"churn {churn:3} MB/s: RPO p50 {p50:.2f} s, worst {p99:.2f} s; {cores:.2f} cores with the writer"
+        )
+        if churn == 54 and p99 > 7:
+            failed.append(f"RPO {p99:.1f} s at 54 MB/s, 7 promised")
+    return failed
+
+
+def write_steadily(source: RawSource, rate: float, stop: threading.Event) -> None:
+    """Random leaves, half of each repeated text, at `rate` bytes a second."""
+    dice = random.Random(4)
+    body = dice.randbytes(LEAF // 2) + b"farshore" * (LEAF // 16)
+    began, written = time.monotonic(), 0
+    while not stop.is_set():
+        ahead = written / rate - (time.monotonic() - began)
+        if ahead > 0.02:
+            stop.wait(ahead)
+            continue
+        number = written.to_bytes(8, "little")
+        source.write(dice.randrange(source.size // LEAF), number + body[8:])
+        written += LEAF
+
+
+def memory(work: Path) -> list[str]:
+    """Peak memory of a process that makes points of a disk of 1 TiB with little on it."""
+    disk, folder = work / "huge.img", work / "huge"
+    with disk.open("wb") as file:
+        file.truncate(1 << 40)
+        for at in range(0, 1 << 40, 1 << 34):
+            file.seek(at)
+            file.write(os.urandom(4 * MIB))
+    code = (
+        "import sys, resource; sys.path.insert(0, sys.argv[1]); from pathlib import Path\n"
+        "from benchmarks.bench_dataplane import one_point\n"
+        "one_point(Path(sys.argv[2]), Path(sys.argv[3]), 1)\n"
+        "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
+    )
+    root = str(Path(__file__).resolve().parents[1])
+    done = subprocess.run(
+        [sys.executable, "-c", code, root, disk, folder], check=True, capture_output=True, text=True
+    )
+    peak = int(done.stdout) / 1024
+    print(f"peak memory with a disk of 1 TiB: {peak:.0f} MiB (256 promised)")
+    return [] if peak <= 256 else [f"{peak:.0f} MiB of memory"]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--mib", type=int, default=1024)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--seconds", type=float, default=60, help="of each RPO measurement")
+    parser.add_argument("--only", default="copy,bytes,rpo,memory")
+    parser.add_argument("--check", action="store_true")
+    given = parser.parse_args()
+    resource.setrlimit(resource.RLIMIT_NOFILE, (4096, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
+    failed: list[str] = []
+    parts = given.only.split(",")
+    with tempfile.TemporaryDirectory(prefix="farshore-bench-") as folder:
+        work = Path(folder)
+        if "copy" in parts:
+            failed += copying(work, given.mib, given.rounds)
+        if "bytes" in parts:
+            failed += bytes_shipped(work)
+        if "memory" in parts:
+            failed += memory(work)
+        if "rpo" in parts:
+            failed += recovery_point_objective(work, given.seconds)
+    for line in failed:
+        print(f"NOT MET: {line}")
+    return 1 if failed and given.check else 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,725 @@
+"""The one owner of a machine's log, journal and replica disks, under an epoch. Made by `Store.acquire`."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import tempfile
+from collections.abc import Callable, Generator, Iterable, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from hashlib import sha256
+from pathlib import Path
+
+from farshore.domain.errors import Code, FarshoreError
+from farshore.domain.points import Consistency, RecoveryPoint
+from farshore.replication.backend import Backend, Image, fenced, parse_handle
+from farshore.replication.extents import normalise
+from farshore.replication.journal import compose, damage, entries, prune
+from farshore.replication.journal.compose import Journal, Line
+from farshore.replication.journal.damage import Finding, Part
+from farshore.replication.journal.entries import (
+    Base,
+    BaseDisk,
+    DiskEntry,
+    Manifest,
+    Opening,
+    SegmentRef,
+    digest_of,
+    to_point,
+)
+from farshore.replication.journal.keys import Random
+from farshore.replication.journal.log import Log, View
+from farshore.replication.journal.mirror import (
+    Header,
+    Mirror,
+    base_table,
+    names,
+    read_entries,
+    unless_damaged,
+    usable,
+)
+from farshore.replication.journal.packer import Packer
+from farshore.replication.journal.scrub import Coverage, Scrub, Scrubbed
+from farshore.replication.journal.segment import HEADER as SEGMENT_HEADER
+from farshore.replication.journal.segment import Place, index_length
+from farshore.replication.journal.table import PAGE, Root, Table, all_zero, leaf_count
+from farshore.replication.ports import LEAF, DiskState, Extent
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """How a store works. Seconds and threads."""
+
+    grace: float = prune.GRACE
+    workers: int = 2  # of redo and materialisation; 0: the calling thread, in one fixed order
+    cache: Path | None = None  # folder for leaf tables; None: temporary files
+    random: Random = os.urandom
+    adopt: bool = True  # whether segments of dead cycles are used again
+
+
+@dataclass(slots=True)
+class OpenDisk:
+    """A disk as a cycle finds it."""
+
+    state: DiskState
+    life: str
+    born: int
+    table: Table  # as of the head
+    base: DiskState | None  # the committed state that the table describes; None: zeros
+    forced: list[Extent] = field(default_factory=list[Extent])  # to be shipped whatever the table says
+    reason: str = ""  # why its past cannot be relied on
+    adopted: list[SegmentRef] = field(default_factory=list[SegmentRef])
+    origins: tuple[tuple[int, int], ...] = ()
+    visit: list[Extent] = field(default_factory=list[Extent])  # what adopted segments cover
+    findings: list[Finding] = field(default_factory=list[Finding])  # that this cycle will heal
+
+
+@dataclass(frozen=True, slots=True)
+class Frozen:
+    """Frozen replica disks that are no base yet."""
+
+    cycle: int
+    disks: tuple[BaseDisk, ...]
+
+
+class Writer:
+    """See the module. One thread at a time, but that `advance` or `cool` may run beside everything else."""
+
+    def __init__(
+        self,
+        backend: Backend,
+        log: Log,
+        journal: Journal,
+        opening: Opening,
+        view: View,
+        clock: Callable[[], float],
+        options: Options,
+    ) -> None:
+        self.backend = backend
+        self.log = log
+        self.journal = journal
+        self.options = options
+        self.clock = clock
+        self._opening = opening
+        self._next = opening.number + 1
+        self._parent = digest_of(opening)
+        self._head = view.head
+        self._tables: dict[str, tuple[str, Table]] = {}  # disk key → life, table
+        self._open: dict[str, OpenDisk] = {}
+        self._dooms = 0
+        self._unknown = False
+        self._adrift = False
+        self._orphans = True  # whether there may be segments of dead cycles to adopt
+        self._findings: list[Finding] | None = None  # as of this cycle
+        self._locks: dict[Path, int] = {}
+        self._temporary: list[Path] = []
+
+    @property
+    def machine(self) -> str:
+        return self.log.machine
+
+    @property
+    def epoch(self) -> int:
+        return self._opening.epoch
+
+    @property
+    def cycle(self) -> int:
+        """The number the next entry will have."""
+        return self._next
+
+    @property
+    def parent(self) -> str:
+        """Digest of the newest entry."""
+        return self._parent
+
+    def head(self) -> Manifest | None:
+        """The newest committed point."""
+        return self._head
+
+    def view(self) -> View:
+        """The log now."""
+        return self.log.read(self.clock())
+
+    def sound(self) -> Callable[[Base], bool]:
+        """Which bases are not known to be damaged."""
+        bad = {f.subject for f in damage.read(self.backend, self.log.prefix) if f.part is Part.BASE}
+        return lambda base: not any(d.snapshot in bad or d.table in bad for d in base.disks)
+
+    # disks --------------------------------------------------------------------------------------------------------
+
+    def open_disk(self, state: DiskState) -> OpenDisk:
+        """The leaf table of a disk as of the head, and what has to be shipped whatever it says."""
+        self._check_known()
+        head = self._head
+        entry = head.disk(state.key) if head is not None else None
+        holes: list[Extent] | None = None
+        table: Table | None = None
+        if head is not None and entry is not None and not self._severed(head, entry):
+            table, holes = self._table_at(head, entry)
+        if entry is None or table is None or holes is None:
+            life = f"{self._next}-{self.epoch}"
+            table = self._new_table(state, life)
+            reason = "" if entry is None else "its past in the store is damaged"
+            opened = OpenDisk(state, life, self._next, table, None, reason=reason)
+        else:
+            opened = OpenDisk(state, entry.life, entry.born, table, entry.state, forced=holes)
+        opened.table.begin()
+        self._open[state.key] = opened  # before anything is written into the table: `forget` takes it back
+        if state.size != opened.table.size:
+            opened.table.resize(state.size)
+        opened.findings = [
+            f
+            for f in self._known_damage()
+            if f.disk == state.key and not f.healed and f.part in (Part.SEGMENT, Part.REPLICA)
+        ]
+        for finding in opened.findings:
+            opened.forced += finding.areas
+        if self.options.adopt and self._orphans:
+            self._adopt(opened)
+        opened.forced = normalise(opened.forced, state.size)
+        return opened
+
+    def _known_damage(self) -> list[Finding]:
+        if self._findings is None:
+            self._findings = damage.read(self.backend, self.log.prefix)
+        return self._findings
+
+    def _severed(self, head: Manifest, entry: DiskEntry) -> bool:
+        """Whether an entry of the log is known to be damaged without which the head cannot be had: then the disk begins a
+        new life, even if we still have its leaf table."""
+        if not any(f.part is Part.ENTRY for f in self._known_damage()):
+            return False
+        view, key = self.view(), entry.state.key
+        header = self._header_of(entry)
+        ways = [(header.applied, header.size)] if header is not None and header.applied else []
+        for stop_at, stop_size in [*ways, (None, None)]:
+            with unless_damaged():
+                line = compose.line(
+                    view, head.cycle, key, stop_at=stop_at, stop_size=stop_size, usable=self.sound()
+                )
+                if line.present or stop_at is None:
+                    return False
+        return True
+
+    def _header_of(self, entry: DiskEntry) -> Header | None:
+        images = {one.name for one in self.backend.images(self.log.prefix)}
+        return Mirror(self.backend, self.journal, self.epoch).applied(entry, images)
+
+    def _new_table(self, state: DiskState, life: str) -> Table:
+        table = self._table_file(state.key, life, state.size)
+        table.clear()
+        table.accept()
+        return table
+
+    def _table_file(self, key: str, life: str, size: int) -> Table:
+        known = self._tables.pop(key, None)
+        if known is not None:
+            known[1].close()
+        table = Table(self.journal.keys.leaf, self._cache_path(key, life), size)
+        self._tables[key] = (life, table)
+        return table
+
+    def _cache_path(self, key: str, life: str) -> Path:
+        """A file of our own: the lasting one, if no other process has it."""
+        folder = self.options.cache
+        if folder is not None:
+            folder.mkdir(parents=True, exist_ok=True)
+            path = folder / (sha256(f"{self.log.prefix}{key}|{life}".encode()).hexdigest()[:32] + ".leaves")
+            if path in self._locks:
+                return path
+            lock = os.open(f"{path}.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                os.close(lock)
+            else:
+                self._locks[path] = lock
+                return path
+        handle, name = tempfile.mkstemp(prefix="farshore-", suffix=".leaves", dir=folder)
+        os.close(handle)
+        self._temporary.append(Path(name))
+        return Path(name)
+
+    def _table_at(self, head: Manifest, entry: DiskEntry) -> tuple[Table | None, list[Extent] | None]:
+        """The table of a disk at the head, with the areas that nobody knows; None: it cannot be had."""
+        key, size = entry.state.key, entry.state.size
+        known = self._tables.get(key)
+        if known is not None and known[0] == entry.life and known[1].size == size and not known[1].lost:
+            return known[1], []
+        table = self._table_file(key, entry.life, size)
+        if table.root() == entry.root:
+            table.accept()
+            return table, []
+        view = self.view()
+        best: list[Extent] | None = None
+        for line, entries_of, verified in self._ways(view, head, entry):
+            table.clear()
+            holes: list[Extent] = []
+            try:
+                for region in compose.regions(self.journal, line, entries_of):
+                    if not all_zero(region.table):
+                        table.put(region.start // LEAF, bytes(region.table))
+                    holes += [extent for extent, _ in region.holes]
+                    for _, error in region.holes:
+                        self.note(error)
+            except FarshoreError as error:
+                if error.code is not Code.REPLICA_DAMAGED:
+                    raise
+                continue
+            if not holes and table.root() == entry.root:
+                table.accept()
+                return table, []
+            if holes and verified():
+                best = holes
+                break
+        if best is not None:
+            table.accept()
+            return table, best
+        return None, None
+
+    def _ways(
+        self, view: View, head: Manifest, entry: DiskEntry
+    ) -> Iterable[tuple[Line, compose.BaseTable | None, Callable[[], bool]]]:
+        """How the table may be had: (line, entries it starts from, whether these can be proved)."""
+        key = entry.state.key
+        _, leaves = names(self.log.prefix, key, entry.life)
+        header = usable(view, head, key, self._header_of(entry))
+        if header is not None and header.applied:
+            with unless_damaged():
+                line = compose.line(view, head.cycle, key, stop_at=header.applied, stop_size=header.size)
+                if line.present:
+                    origin = view.manifests.get(header.applied)
+                    then = origin[0].disk(key) if origin is not None else None
+
+                    def stored(first: int, count: int) -> bytes:
+                        return read_entries(self.backend, leaves, first, count)
+
+                    root = then.root if then is not None else ""
+                    yield line, stored, lambda: self._root_of(stored, header.size) == root
+        with unless_damaged():
+            line = compose.line(view, head.cycle, key, usable=self.sound())
+            entries_of = base_table(self.backend, line)
+            base = line.base
+            yield (
+                line,
+                entries_of,
+                lambda: (
+                    base is None
+                    or (entries_of is not None and self._root_of(entries_of, base.size) == base.root)
+                ),
+            )
+
+    def _root_of(self, entries_of: compose.BaseTable, size: int) -> str:
+        root = Root(self.journal.keys.leaf, size)
+        count = leaf_count(size)
+        for first in range(0, count, PAGE):
+            root.update(entries_of(first, min(PAGE, count - first)))
+        return root.text()
+
+    def note(self, error: FarshoreError) -> None:
+        """Keep what an error says about damage."""
+        finding = damage.of_error(error, self.clock())
+        self._findings = None
+        if finding is not None:
+            damage.note(self.backend, self.log.prefix, finding)
+
+    # adoption -----------------------------------------------------------------------------------------------------
+
+    def _adopt(self, opened: OpenDisk) -> None:
+        """Use what dead cycles left of this disk: a first copy that died goes on where it was. Their chunks count as if
+        they had been shipped first in this cycle; every leaf of them is visited, and shipped again where it differs."""
+        view = self.view()
+        since = self._head.cycle if self._head is not None else 0
+        now, ended = self.clock(), prune.ends(view)
+        # What any entry names, also one that is being removed, goes when that entry goes.
+        named = {pair for m, _ in view.manifests.values() for d in m.disks for pair in d.origins}
+        named |= {(m.epoch, m.cycle) for m, _ in view.manifests.values()}
+        safe = entries.safe_name(opened.state.key)
+        origins: set[tuple[int, int]] = set()
+        for stored in self.backend.list(f"{self.log.prefix}s/"):
+            name = stored.name[len(self.log.prefix) :]
+            where = entries.origin(name)
+            if (
+                where is None
+                or where[2] != safe
+                or where[1] <= since
+                or where[:2] in named
+                or where[1] in view.damaged
+            ):
+                continue
+            over = now if where[0] == self.epoch else ended.get(where[0])
+            if over is None or where[0] > self.epoch or now - over >= self.options.grace * prune.ADOPT:
+                continue
+            ref = self._dead_segment(opened, name)
+            if ref is not None:
+                opened.adopted.append(ref)
+                origins.add(where[:2])
+        for ref in opened.adopted:
+            for chunk in self.journal.index(opened.state.key, ref).chunks():
+                opened.table.put(
+                    chunk.offset // LEAF, self.journal.index(opened.state.key, ref).digests(chunk)
+                )
+                opened.visit.append(Extent(chunk.offset, chunk.length))
+        opened.visit = normalise(opened.visit, opened.state.size)
+        opened.origins = tuple(sorted(origins))
+
+    def _dead_segment(self, opened: OpenDisk, name: str) -> SegmentRef | None:
+        """A reference to a whole segment of a disk of this size; None: it is none."""
+        head = self.backend.part(self.log.prefix + name, 0, 64 << 10)
+        if head is None or len(head) < SEGMENT_HEADER:
+            return None
+        try:
+            length = index_length(head)
+            data = head[:length]
+            if length > len(head):
+                data = self.backend.part(self.log.prefix + name, 0, length) or b""
+            index = self.journal.parse(opened.state.key, SegmentRef(name, 0, 0, 0, length), data)
+        except (FarshoreError, ValueError) as error:
+            if isinstance(error, FarshoreError) and error.code is not Code.REPLICA_DAMAGED:
+                raise
+            return None
+        chunks = list(index.chunks())
+        if index.place.size != opened.state.size or not chunks:
+            return None
+        stored = index.payload + sum(chunk.stored for chunk in chunks)
+        start, end = min(chunk.offset for chunk in chunks), max(chunk.end for chunk in chunks)
+        return SegmentRef(name, start, end, stored, length)
+
+    def packer(self, opened: OpenDisk, take: Callable[[int], None] | None = None) -> Packer:
+        """Where the chunks of this cycle go."""
+        place = Place(self.machine, opened.state.key, self.epoch, self._next, opened.state.size)
+        return Packer(
+            self.backend,
+            self.log.prefix,
+            place,
+            self.journal.keys,
+            random=self.options.random,
+            adopted=opened.adopted,
+            take=take,
+        )
+
+    def forget(self) -> None:
+        """A cycle failed: the tables go back to the head."""
+        self._orphans = True
+        self._findings = None
+        for key, opened in self._open.items():
+            if opened.base is None or not opened.table.take_back() or opened.table.size != opened.base.size:
+                known = self._tables.pop(key, None)
+                if known is not None:
+                    known[1].close()
+        self._open.clear()
+
+    # commit -------------------------------------------------------------------------------------------------------
+
+    def _check_known(self) -> None:
+        if self._unknown:
+            raise fenced(
+                self.machine, "the outcome of the last commit is unknown, the epoch has to be taken again"
+            )
+
+    def commit(self, manifest: Manifest) -> RecoveryPoint:
+        """Create the manifest if absent. ReplicaFenced if another writer won the number."""
+        if manifest.cycle != self._next or manifest.epoch != self.epoch or manifest.parent != self._parent:
+            raise fenced(self.machine, "the manifest does not continue the log of this epoch")
+        entry_digest = self._append(manifest)
+        self._head = manifest
+        self._orphans = False
+        kept = {disk.state.key for disk in manifest.disks}
+        for key, (_, table) in list(self._tables.items()):
+            if key in kept:
+                table.accept()
+                table.trim()
+            else:
+                table.close()
+                del self._tables[key]
+        # Notes only: a finding that is not marked as healed is healed once more.
+        with contextlib.suppress(FarshoreError):
+            for opened in self._open.values():
+                for finding in opened.findings:
+                    damage.healed(self.backend, self.log.prefix, finding, manifest.cycle)
+        self._open.clear()
+        self._findings = None
+        return to_point(manifest, entry_digest)
+
+    def _append(self, entry: Manifest | Base) -> str:
+        self._check_known()
+        data = entries.encode(entry)
+        try:
+            created = self.log.create(entry)
+        except FarshoreError:
+            # The answer was lost, or the request. Only finding our own bytes proves anything: a request that is still
+            # under way may arrive later, so absence proves nothing, and this epoch must not use the number again.
+            self._unknown = True
+            if self.log.get(entry.number) != data:
+                raise
+            self._unknown = False
+            created = True
+        if not created and self.log.get(entry.number) != data:
+            self._unknown = True
+            raise fenced(self.machine, f"number {entry.number} of the log is taken")
+        self._parent = digest_of(entry)
+        self._next = entry.number + 1
+        return self._parent
+
+    def keep_alive(self) -> None:
+        """ReplicaFenced when a newer epoch exists."""
+        self._check_known()
+        if self.log.get(self._next) is not None:
+            raise fenced(self.machine, f"number {self._next} of the log is taken")
+
+    # points -------------------------------------------------------------------------------------------------------
+
+    def points(self) -> list[RecoveryPoint]:
+        """Committed points, oldest first."""
+        return self.view().listed()
+
+    def remove_points(self, cycles: Sequence[int]) -> list[int]:
+        """Take points out of the lists at once; those in use, the newest one and the newest app-consistent one stay.
+        Returns what was removed. Their bytes go with `sweep`."""
+        self.keep_alive()
+        points = self.view().points
+        keep = {points[-1][0].cycle} if points else set[int]()
+        consistent = [m.cycle for m, _ in points if m.consistency is Consistency.APPLICATION]
+        keep.update(consistent[-1:])
+        wanted = [cycle for cycle in cycles if cycle not in keep]
+        return self.remove_any(wanted) if wanted else []
+
+    def remove_any(self, cycles: Sequence[int]) -> list[int]:
+        """As `remove_points`, any of them."""
+        name = f"{self.log.prefix}x/{self.epoch}-{self._dooms:06d}"
+        self._dooms += 1
+        return self.log.doom(name, cycles, self.clock())
+
+    # the other layers ---------------------------------------------------------------------------------------------
+
+    def mirror(
+        self, look: Callable[[], None] = lambda: None, take: Callable[[int], None] | None = None
+    ) -> Mirror:
+        """The replica disks."""
+        return Mirror(
+            self.backend,
+            self.journal,
+            self.epoch,
+            workers=self.options.workers,
+            look=look,
+            avoid=self.sound(),
+            take=take,
+        )
+
+    def advance(
+        self, look: Callable[[], None] = lambda: None, take: Callable[[int], None] | None = None
+    ) -> int:
+        """Bring the replica disks to the head; returns its number, 0 when there is no point. ReplicaDamaged: what is
+        damaged is kept as a finding, the next cycle ships it again."""
+        self._check_known()
+        head = self._head
+        if head is None:
+            return 0
+        self._bring(self.mirror(look, take), head)
+        return head.cycle
+
+    def _bring(self, mirror: Mirror, head: Manifest) -> None:
+        self._check_known()
+        if self._adrift:
+            raise fenced(
+                self.machine,
+                "the outcome of a write to a replica disk is unknown, the epoch has to be taken again",
+            )
+        view = self.view()
+        try:
+            mirror.advance(view, head)
+        except FarshoreError as error:
+            # A write without an answer may still arrive, and this epoch's number would be good enough for it: what it
+            # overwrote then would be younger. Only a higher number helps.
+            self._adrift = error.code is not Code.REPLICA_DAMAGED
+            self.note(error)
+            raise
+        self._settle(head)
+
+    @property
+    def adrift(self) -> bool:
+        """Whether this epoch may write to replica disks no more."""
+        return self._adrift
+
+    def _settle(self, head: Manifest) -> None:
+        """Findings about replicas that a later point healed are over."""
+        with contextlib.suppress(FarshoreError):  # they are looked at again next time
+            for finding in damage.read(self.backend, self.log.prefix):
+                if finding.part is Part.REPLICA and 0 < finding.healed <= head.cycle:
+                    damage.forget(self.backend, self.log.prefix, finding)
+
+    def freeze(self) -> Base | None:
+        """Freeze the replica disks as the base of the head, to which they are brought first. None without a point."""
+        frozen = self.cool()
+        return self.add_base(frozen) if frozen is not None else None
+
+    def cool(
+        self, look: Callable[[], None] = lambda: None, take: Callable[[int], None] | None = None
+    ) -> Frozen | None:
+        """First half of `freeze`, which may run beside a cycle: bring the replica disks to the head and freeze them."""
+        head = self._head
+        if head is None:
+            return None
+        mirror = self.mirror(look, take)
+        self._bring(mirror, head)
+        wrong = [disk for disk in head.disks if not mirror.table_is_true(disk)]
+        if wrong:
+            # Nothing may be frozen that cannot be verified later. The replica is filled anew, from a base and the journal.
+            for disk in wrong:
+                mirror.reset(disk)
+            self._bring(mirror, head)
+        disks = tuple(
+            BaseDisk(disk.state.key, disk.life, disk.state.size, disk.root, image, table)
+            for disk, image, table in mirror.freeze(head)
+        )
+        return Frozen(head.cycle, disks)
+
+    def add_base(self, frozen: Frozen) -> Base:
+        """Second half: the entry that makes it a base. A stale owner froze who knows what, but its number is taken."""
+        made = datetime.fromtimestamp(self.clock(), UTC)
+        base = Base(self.machine, self._next, self.epoch, self._parent, frozen.cycle, made, frozen.disks)
+        self._append(base)
+        return base
+
+    def sweep(self, *, thorough: bool = False, look: Callable[[], None] = lambda: None) -> prune.Swept:
+        """Delete what no point needs any more and was removed the grace period ago; `thorough`: also what dead cycles
+        left."""
+        now = self.clock()
+        view = self.view()
+        sweeper = prune.Sweeper(
+            self.backend,
+            self.log,
+            self.journal,
+            self.epoch,
+            grace=self.options.grace,
+            alive=self.keep_alive,
+            look=look,
+        )
+        needed = prune.needs(view, self._applied(view), now, self.options.grace, self.sound())
+        done = sweeper.sweep(view, needed, now)
+        if thorough:
+            done.orphans = sweeper.orphans(view, now).orphans
+            done.images = self._drop_lives(view, needed)
+        self._forget_findings(self.view())
+        return done
+
+    def scrub(
+        self,
+        *,
+        budget: int | None = None,
+        look: Callable[[], None] = lambda: None,
+        take: Callable[[int], None] = lambda _: None,
+    ) -> Scrubbed:
+        """A part of a round of scrub, replica disks included."""
+        self._check_known()
+        self._findings = None
+        scrub = Scrub(self.backend, self.journal, self.clock, look=look, take=take)
+        return scrub.run(self.view(), replicas=True, budget=budget)
+
+    def coverage(self) -> Coverage:
+        """How far scrub is."""
+        return Scrub(self.backend, self.journal, self.clock).coverage()
+
+    def examine(self, look: Callable[[], None] = lambda: None) -> list[Finding]:
+        """Read what the newest point needs, so that a resync ships again what is damaged."""
+        self._check_known()
+        self._findings = None
+        return Scrub(self.backend, self.journal, self.clock, look=look).examine(self.view())
+
+    def _applied(self, view: View) -> dict[str, tuple[str, int, int]]:
+        head = view.head
+        images = {image.name for image in self.backend.images(self.log.prefix)}
+        mirror = Mirror(self.backend, self.journal, self.epoch)
+        found: dict[str, tuple[str, int, int]] = {}
+        for disk in head.disks if head is not None else ():
+            header = mirror.applied(disk, images)
+            if header is not None:
+                found[disk.state.key] = (header.life, header.applied, header.size)
+        return found
+
+    def _drop_lives(self, view: View, needed: prune.Needs) -> int:
+        """Images of lives that are over and of which no base is needed."""
+        head = view.head
+        if view.damaged or head is None:
+            return 0
+        live = {name for d in head.disks for name in names(self.log.prefix, d.state.key, d.life)}
+        for base in view.bases:
+            if base.number in needed.bases:
+                live |= {parse_handle(text)[0] for d in base.disks for text in (d.snapshot, d.table)}
+        count = 0
+        for image in self.backend.images(self.log.prefix):
+            if image.name not in live:
+                self.backend.delete_image(image.name, self.epoch)
+                count += 1
+        return count
+
+    def _forget_findings(self, view: View) -> None:
+        bases = {text for base in view.bases for d in base.disks for text in (d.snapshot, d.table)}
+        for finding in damage.read(self.backend, self.log.prefix):
+            gone = (
+                (finding.part is Part.BASE and finding.subject not in bases)
+                or (finding.part is Part.SEGMENT and self._all_gone(finding, view))
+                or (finding.part is Part.ENTRY and int(finding.subject) not in view.damaged)
+            )
+            if gone:
+                damage.forget(self.backend, self.log.prefix, finding)
+
+    def _all_gone(self, finding: Finding, view: View) -> bool:
+        """Whether nothing names a damaged segment any more."""
+        where = entries.origin(finding.subject)
+        if where is None:
+            return True
+        pairs = {(m.epoch, m.cycle) for m, _ in view.manifests.values()}
+        pairs |= {pair for m, _ in view.manifests.values() for d in m.disks for pair in d.origins}
+        return where[:2] not in pairs and not view.damaged
+
+    # taking over --------------------------------------------------------------------------------------------------
+
+    def take_over(self) -> None:
+        """Fence every image, then clean up after former owners. Reading has to succeed, removing need not."""
+        images = self.backend.images(self.log.prefix)
+        for image in images:
+            self.backend.raise_fence(image.name, self.epoch)
+        view = self.view()
+        for name, doom in view.dooms.items():
+            if not doom.decided:
+                with tidying():
+                    self.log.doom(name, doom.cycles, self.clock())
+        self._head = self.view().head if view.dooms else view.head
+        with tidying():
+            self._reap(images, view)
+
+    def _reap(self, images: Sequence[Image], view: View) -> None:
+        """Frozen states that no base names. Stops at the first error: where one removal fails, hundreds would."""
+        if view.damaged:
+            return
+        named = {text for base in view.bases for d in base.disks for text in (d.snapshot, d.table)}
+        for image in images:
+            for frozen in image.snapshots:
+                if f"{image.name}@{frozen.id}" not in named and frozen.epoch < self.epoch:
+                    self.backend.drop(image.name, frozen.id)
+
+    def close(self) -> None:
+        """Give back files. The epoch stays taken."""
+        for _, table in self._tables.values():
+            table.close()
+        self._tables.clear()
+        self._open.clear()
+        for lock in self._locks.values():
+            os.close(lock)
+        self._locks.clear()
+        for path in self._temporary:
+            path.unlink(missing_ok=True)
+        self._temporary.clear()
+
+
+@contextlib.contextmanager
+def tidying() -> Generator[None]:
+    """What is done here the next owner can do as well, so a failure does not count; being fenced does."""
+    try:
+        yield
+    except FarshoreError as error:
+        if error.code is Code.REPLICA_FENCED:
+            raise
