@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from datetime import UTC, datetime
 from typing import Any
 
@@ -10,6 +11,7 @@ from temporalio import activity
 
 from farshore.activities import messages as m
 from farshore.activities import signatures as s
+from farshore.activities.metrics import LegMetrics
 from farshore.activities.sites import Sites
 from farshore.activities.support import beating, in_thread
 from farshore.activities.views import point_view
@@ -18,7 +20,7 @@ from farshore.contract.runs import PointView
 from farshore.domain.errors import Code, FarshoreError
 from farshore.domain.retention import RetentionPolicy
 from farshore.providers.ports import Severity, SourceMachine
-from farshore.replication.engine import Stopped
+from farshore.replication.engine import Bandwidth, Stopped
 from farshore.replication.loop import LegPlan, LegResult, run_leg
 from farshore.replication.ports import Progress
 
@@ -26,8 +28,10 @@ from farshore.replication.ports import Progress
 class SourceActivities:
     """Bound to the sites of one worker."""
 
-    def __init__(self, sites: Sites) -> None:
+    def __init__(self, sites: Sites, *, limit: Bandwidth | None = None) -> None:
+        """`limit` is shared by all legs of this worker: bytes that leave for the target."""
         self._sites = sites
+        self._limit = limit
 
     @activity.defn(name=s.INSPECT_SOURCE.name)
     async def inspect_source(self, call: m.SourceCall) -> m.InspectReport:
@@ -127,7 +131,13 @@ class SourceActivities:
         return point_view(done.newest)
 
     async def _leg(self, spec: MachineSpec, plan: LegPlan) -> LegResult:
+        metrics = LegMetrics(spec.machine, spec.plan)
+        plan = replace(plan, pace=replace(plan.pace, limit=self._limit))
         async with beating() as beat:
+
+            def tell(progress: Progress) -> None:
+                beat.note(_progress(progress))
+                metrics.note(progress)
 
             def work(should_stop: Callable[[], bool]) -> LegResult:
                 source = self._sites.source(spec.source_site).open_source(spec.machine, spec.source)
@@ -138,7 +148,7 @@ class SourceActivities:
                             source,
                             store,
                             plan,
-                            progress=lambda p: beat.note(_progress(p)),
+                            progress=tell,
                             should_stop=should_stop,
                         )
                     finally:
@@ -147,7 +157,9 @@ class SourceActivities:
                     source.close()
 
             try:
-                return await in_thread(work)
+                done = await in_thread(work)
+                metrics.done(done)
+                return done
             except Stopped:
                 raise FarshoreError(
                     Code.RUN_ABORTED, f"Replication of {spec.machine} was stopped.", subject=spec.machine
@@ -166,6 +178,8 @@ def _progress(p: Progress) -> dict[str, Any]:
         shown["newest_point"] = p.newest_point
         shown["newest_taken_at"] = p.newest_taken_at.isoformat()
         shown["rpo_seconds"] = round((datetime.now(UTC) - p.newest_taken_at).total_seconds(), 1)
+    if p.newest_applied_at is not None:
+        shown["rpo_processed_seconds"] = round((datetime.now(UTC) - p.newest_applied_at).total_seconds(), 1)
     return shown
 
 

@@ -223,9 +223,12 @@ class Stack:
             "vcenter": DEFAULT_PASSWORD,
             "azure": azure["client_secret"],
             "storage": azure["account_key"],
+            "encryption": os.urandom(32).hex(),
         }
         for name, value in values.items():
             path = secrets / name
+            if name == "encryption" and path.exists():
+                continue  # what was written with it must stay readable
             path.write_text(value, encoding="utf-8")
             path.chmod(0o600)
         host, port = sdk.split("/")[2].split(":")
@@ -263,6 +266,7 @@ ca_file = "{azure["ca"]}"
 storage_account = "{azure["account"]}"
 storage_account_id = "{azure["storage_account_id"]}"
 storage_key = "file:{secrets / "storage"}"
+encryption_key = "file:{secrets / "encryption"}"
 blob_endpoint = "{azure["blob"]}"
 polling_interval = 1.0
 """

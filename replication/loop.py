@@ -457,5 +457,6 @@ class _Leg:
                 points=self._points,
                 newest_point=newest.id if newest is not None else "",
                 newest_taken_at=newest.taken_at if newest is not None else None,
+                newest_applied_at=self._newest_applied,
             )
         )

@@ -194,7 +194,10 @@ class Progress:
     cycle: int
     points: int = 0
     newest_point: str = ""
-    newest_taken_at: datetime | None = None
+    newest_taken_at: datetime | None = None  # instant of the newest point: captured
+    newest_applied_at: datetime | None = (
+        None  # instant of the newest point that the replica disks have reached
+    )
 
 
 ProgressSink = Callable[[Progress], None]

@@ -48,6 +48,19 @@ class Deployment(_Part):
     activate: bool = Field(default=True, description="make this build the current one when its workers poll")
 
 
+class RateFrom(_Part):
+    """A rate from a time of day on."""
+
+    at: str = Field(pattern=r"^([01]\d|2[0-3]):[0-5]\d$", description="local time, HH:MM")
+    mbytes: float = Field(gt=0, description="10^6 bytes a second")
+
+    @property
+    def minute(self) -> int:
+        """Of the day."""
+        hours, minutes = self.at.split(":")
+        return int(hours) * 60 + int(minutes)
+
+
 class WorkerTuning(_Part):
     """How a worker uses its machine. Seconds."""
 
@@ -55,6 +68,11 @@ class WorkerTuning(_Part):
     activities: int = Field(default=100, gt=0, le=400, description="steps at the same time")
     legs: int = Field(
         default=200, gt=0, le=600, description="machines replicated by this worker at the same time"
+    )
+    bandwidth: tuple[RateFrom, ...] = Field(
+        default=(),
+        description="most that this worker's legs send together, by time of day; none: no limit. The final cycle of a "
+        "failover goes first, then changes, resyncs and first copies",
     )
     heartbeat_throttle: float = Field(default=3.0, gt=0, description="longest delay of a heartbeat")
     graceful_shutdown: float = Field(default=10.0, ge=0)
@@ -87,6 +105,11 @@ class AzureSite(_Part):
     blob_endpoint: str
     storage_account: str
     storage_key: str = Field(description="secret reference")
+    encryption_key: str | None = Field(
+        default=None,
+        description="secret reference: 64 hexadecimal digits that wrap the replicas' data keys. None: the data keys lie "
+        "beside the data, which protects against damage and not against readers. Who loses it loses every replica",
+    )
     base_url: str = "https://management.azure.com"
     authority: str | None = None
     ca_file: str | None = None
@@ -171,6 +194,23 @@ def load_settings(path: Path | None = None) -> Settings:
         plans = PlanSettings(folder=(chosen.parent / folder).resolve())
         settings = settings.model_copy(update={"plans": plans})
     return settings
+
+
+def key(reference: str, what: str) -> bytes:
+    """Resolve a reference to 32 bytes in hexadecimal. SecretUnavailable, also when it is something else."""
+    text = secret(reference, what)
+    try:
+        value = bytes.fromhex(text)
+    except ValueError:
+        value = b""
+    if len(value) != 32:
+        raise FarshoreError(
+            Code.SECRET_UNAVAILABLE,
+            f"The secret {what} is not a key: it must be 64 hexadecimal digits.",
+            subject=what,
+            action="Make one with: openssl rand -hex 32",
+        )
+    return value
 
 
 def secret(reference: str, what: str) -> str:

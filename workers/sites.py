@@ -9,7 +9,7 @@ from typing import Any
 
 from farshore.domain.errors import Code, FarshoreError
 from farshore.providers.ports import SourceSite, TargetSite
-from farshore.workers.settings import AzureSite, PhysicalSite, Settings, Site, VSphereSite, secret
+from farshore.workers.settings import AzureSite, PhysicalSite, Settings, Site, VSphereSite, key, secret
 
 
 class ConfiguredSites:
@@ -114,6 +114,9 @@ def _azure(name: str, site: AzureSite) -> TargetSite:
             blob_endpoint=site.blob_endpoint,
             storage_account=site.storage_account,
             storage_key=secret(site.storage_key, f"sites.{name}.storage_key"),
+            encryption_key=key(site.encryption_key, f"sites.{name}.encryption_key")
+            if site.encryption_key
+            else None,
             container=site.container,
             polling_interval=site.polling_interval,
         )

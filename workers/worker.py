@@ -25,7 +25,8 @@ from farshore.activities.source import SourceActivities
 from farshore.activities.support import ErrorInterceptor
 from farshore.activities.target import TargetActivities
 from farshore.contract import names
-from farshore.workers.settings import AzureSite, PhysicalSite, Settings, VSphereSite
+from farshore.replication.engine import Bandwidth, Schedule, Window
+from farshore.workers.settings import AzureSite, PhysicalSite, Settings, VSphereSite, WorkerTuning
 from farshore.workers.sites import ConfiguredSites
 from farshore.workflows.failover import Failover
 from farshore.workflows.failover_group import FailoverGroup
@@ -126,7 +127,7 @@ def site_workers(client: Client, settings: Settings, site: str, sites: Configure
     queue = settings.queue(site, wanted="worker")
     match settings.sites[site]:
         case VSphereSite() | PhysicalSite():
-            source = SourceActivities(sites)
+            source = SourceActivities(sites, limit=_bandwidth(tuning))
             steps = [a for a in _activities(source) if a != source.replicate_leg]
             work = [
                 (queue, steps, tuning.activities),
@@ -147,6 +148,12 @@ def site_workers(client: Client, settings: Settings, site: str, sites: Configure
         )
         for name, activities, slots in work
     ]
+
+
+def _bandwidth(tuning: WorkerTuning) -> Bandwidth | None:
+    if not tuning.bandwidth:
+        return None
+    return Bandwidth(Schedule([Window(rate.minute, rate.mbytes * 1e6) for rate in tuning.bandwidth]))
 
 
 async def run_workers(

@@ -40,7 +40,7 @@ from farshore.providers.azure import vhd
 from farshore.providers.azure.errors import classify, said
 from farshore.providers.azure.settings import AzureSettings
 from farshore.replication.backend import Image, Kind, Snapshot, Stored, fenced, parse_handle
-from farshore.replication.engine import JournalStore, Kek, Options
+from farshore.replication.engine import JournalStore, Kek, LocalKek, Options
 from farshore.replication.ports import Extent
 
 _PAGE = 512
@@ -387,6 +387,8 @@ class AzureReplicaStore(JournalStore):
             **options,
         )
         backend = PageBlobBackend(self._blobs, settings.container)
+        if kek is None and settings.encryption_key is not None:
+            kek = LocalKek(settings.encryption_key)
         # Requests, not processors, are what redo and restores wait for.
         super().__init__(backend, kek=kek, clock=clock, options=how or Options(workers=_REQUESTS))
 

@@ -27,6 +27,9 @@ class AzureSettings:
     blob_endpoint: str  # e.g. https://ACCOUNT.blob.core.windows.net
     storage_account: str
     storage_key: str = field(repr=False)
+    encryption_key: bytes | None = field(
+        default=None, repr=False
+    )  # 32 bytes that wrap the replicas' data keys
     base_url: str = "https://management.azure.com"
     authority: str | None = None
     credential_scope: str = "https://management.azure.com/.default"
