@@ -3,49 +3,33 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import os
-import tempfile
-from collections.abc import Callable, Generator, Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Generator, Sequence
+from dataclasses import dataclass
 from datetime import UTC, datetime
-from hashlib import sha256
 from pathlib import Path
 
 from farshore.domain.errors import Code, FarshoreError
 from farshore.domain.points import Consistency, RecoveryPoint
 from farshore.replication.backend import Backend, Image, fenced, parse_handle
-from farshore.replication.extents import normalise
-from farshore.replication.journal import compose, damage, entries, prune
-from farshore.replication.journal.compose import Journal, Line
+from farshore.replication.journal import damage, entries, prune
+from farshore.replication.journal.compose import Journal
 from farshore.replication.journal.damage import Finding, Part
+from farshore.replication.journal.disks import Disks, OpenDisk
 from farshore.replication.journal.entries import (
     Base,
     BaseDisk,
-    DiskEntry,
     Manifest,
     Opening,
-    SegmentRef,
     digest_of,
     to_point,
 )
 from farshore.replication.journal.keys import Random
 from farshore.replication.journal.log import Log, View
-from farshore.replication.journal.mirror import (
-    Header,
-    Mirror,
-    base_table,
-    names,
-    read_entries,
-    unless_damaged,
-    usable,
-)
+from farshore.replication.journal.mirror import Mirror, names
 from farshore.replication.journal.packer import Packer
 from farshore.replication.journal.scrub import Coverage, Scrub, Scrubbed
-from farshore.replication.journal.segment import HEADER as SEGMENT_HEADER
-from farshore.replication.journal.segment import Place, index_length
-from farshore.replication.journal.table import PAGE, Root, Table, all_zero, leaf_count
-from farshore.replication.ports import LEAF, DiskState, Extent
+from farshore.replication.ports import DiskState
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,23 +41,6 @@ class Options:
     cache: Path | None = None  # folder for leaf tables; None: temporary files
     random: Random = os.urandom
     adopt: bool = True  # whether segments of dead cycles are used again
-
-
-@dataclass(slots=True)
-class OpenDisk:
-    """A disk as a cycle finds it."""
-
-    state: DiskState
-    life: str
-    born: int
-    table: Table  # as of the head
-    base: DiskState | None  # the committed state that the table describes; None: zeros
-    forced: list[Extent] = field(default_factory=list[Extent])  # to be shipped whatever the table says
-    reason: str = ""  # why its past cannot be relied on
-    adopted: list[SegmentRef] = field(default_factory=list[SegmentRef])
-    origins: tuple[tuple[int, int], ...] = ()
-    visit: list[Extent] = field(default_factory=list[Extent])  # what adopted segments cover
-    findings: list[Finding] = field(default_factory=list[Finding])  # that this cycle will heal
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,15 +73,10 @@ class Writer:
         self._next = opening.number + 1
         self._parent = digest_of(opening)
         self._head = view.head
-        self._tables: dict[str, tuple[str, Table]] = {}  # disk key → life, table
-        self._open: dict[str, OpenDisk] = {}
         self._dooms = 0
         self._unknown = False
         self._adrift = False
-        self._orphans = True  # whether there may be segments of dead cycles to adopt
-        self._findings: list[Finding] | None = None  # as of this cycle
-        self._locks: dict[Path, int] = {}
-        self._temporary: list[Path] = []
+        self._disks = Disks(self)
 
     @property
     def machine(self) -> str:
@@ -152,264 +114,22 @@ class Writer:
     def open_disk(self, state: DiskState) -> OpenDisk:
         """The leaf table of a disk as of the head, and what has to be shipped whatever it says."""
         self._check_known()
-        head = self._head
-        entry = head.disk(state.key) if head is not None else None
-        holes: list[Extent] | None = None
-        table: Table | None = None
-        if head is not None and entry is not None and not self._severed(head, entry):
-            table, holes = self._table_at(head, entry)
-        if entry is None or table is None or holes is None:
-            life = f"{self._next}-{self.epoch}"
-            table = self._new_table(state, life)
-            reason = "" if entry is None else "its past in the store is damaged"
-            opened = OpenDisk(state, life, self._next, table, None, reason=reason)
-        else:
-            opened = OpenDisk(state, entry.life, entry.born, table, entry.state, forced=holes)
-        opened.table.begin()
-        self._open[state.key] = opened  # before anything is written into the table: `forget` takes it back
-        if state.size != opened.table.size:
-            opened.table.resize(state.size)
-        opened.findings = [
-            f
-            for f in self._known_damage()
-            if f.disk == state.key and not f.healed and f.part in (Part.SEGMENT, Part.REPLICA)
-        ]
-        for finding in opened.findings:
-            opened.forced += finding.areas
-        if self.options.adopt and self._orphans:
-            self._adopt(opened)
-        opened.forced = normalise(opened.forced, state.size)
-        return opened
+        return self._disks.open(state)
 
-    def _known_damage(self) -> list[Finding]:
-        if self._findings is None:
-            self._findings = damage.read(self.backend, self.log.prefix)
-        return self._findings
+    def packer(self, opened: OpenDisk, take: Callable[[int], None] | None = None) -> Packer:
+        """Where the chunks of this cycle go."""
+        return self._disks.packer(opened, take)
 
-    def _severed(self, head: Manifest, entry: DiskEntry) -> bool:
-        """Whether an entry of the log is known to be damaged without which the head cannot be had: then the disk begins a
-        new life, even if we still have its leaf table."""
-        if not any(f.part is Part.ENTRY for f in self._known_damage()):
-            return False
-        view, key = self.view(), entry.state.key
-        header = self._header_of(entry)
-        ways = [(header.applied, header.size)] if header is not None and header.applied else []
-        for stop_at, stop_size in [*ways, (None, None)]:
-            with unless_damaged():
-                line = compose.line(
-                    view, head.cycle, key, stop_at=stop_at, stop_size=stop_size, usable=self.sound()
-                )
-                if line.present or stop_at is None:
-                    return False
-        return True
-
-    def _header_of(self, entry: DiskEntry) -> Header | None:
-        images = {one.name for one in self.backend.images(self.log.prefix)}
-        return Mirror(self.backend, self.journal, self.epoch).applied(entry, images)
-
-    def _new_table(self, state: DiskState, life: str) -> Table:
-        table = self._table_file(state.key, life, state.size)
-        table.clear()
-        table.accept()
-        return table
-
-    def _table_file(self, key: str, life: str, size: int) -> Table:
-        known = self._tables.pop(key, None)
-        if known is not None:
-            known[1].close()
-        table = Table(self.journal.keys.leaf, self._cache_path(key, life), size)
-        self._tables[key] = (life, table)
-        return table
-
-    def _cache_path(self, key: str, life: str) -> Path:
-        """A file of our own: the lasting one, if no other process has it."""
-        folder = self.options.cache
-        if folder is not None:
-            folder.mkdir(parents=True, exist_ok=True)
-            path = folder / (sha256(f"{self.log.prefix}{key}|{life}".encode()).hexdigest()[:32] + ".leaves")
-            if path in self._locks:
-                return path
-            lock = os.open(f"{path}.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
-                os.close(lock)
-            else:
-                self._locks[path] = lock
-                return path
-        handle, name = tempfile.mkstemp(prefix="farshore-", suffix=".leaves", dir=folder)
-        os.close(handle)
-        self._temporary.append(Path(name))
-        return Path(name)
-
-    def _table_at(self, head: Manifest, entry: DiskEntry) -> tuple[Table | None, list[Extent] | None]:
-        """The table of a disk at the head, with the areas that nobody knows; None: it cannot be had."""
-        key, size = entry.state.key, entry.state.size
-        known = self._tables.get(key)
-        if known is not None and known[0] == entry.life and known[1].size == size and not known[1].lost:
-            return known[1], []
-        table = self._table_file(key, entry.life, size)
-        if table.root() == entry.root:
-            table.accept()
-            return table, []
-        view = self.view()
-        best: list[Extent] | None = None
-        for line, entries_of, verified in self._ways(view, head, entry):
-            table.clear()
-            holes: list[Extent] = []
-            try:
-                for region in compose.regions(self.journal, line, entries_of):
-                    if not all_zero(region.table):
-                        table.put(region.start // LEAF, bytes(region.table))
-                    holes += [extent for extent, _ in region.holes]
-                    for _, error in region.holes:
-                        self.note(error)
-            except FarshoreError as error:
-                if error.code is not Code.REPLICA_DAMAGED:
-                    raise
-                continue
-            if not holes and table.root() == entry.root:
-                table.accept()
-                return table, []
-            if holes and verified():
-                best = holes
-                break
-        if best is not None:
-            table.accept()
-            return table, best
-        return None, None
-
-    def _ways(
-        self, view: View, head: Manifest, entry: DiskEntry
-    ) -> Iterable[tuple[Line, compose.BaseTable | None, Callable[[], bool]]]:
-        """How the table may be had: (line, entries it starts from, whether these can be proved)."""
-        key = entry.state.key
-        _, leaves = names(self.log.prefix, key, entry.life)
-        header = usable(view, head, key, self._header_of(entry))
-        if header is not None and header.applied:
-            with unless_damaged():
-                line = compose.line(view, head.cycle, key, stop_at=header.applied, stop_size=header.size)
-                if line.present:
-                    origin = view.manifests.get(header.applied)
-                    then = origin[0].disk(key) if origin is not None else None
-
-                    def stored(first: int, count: int) -> bytes:
-                        return read_entries(self.backend, leaves, first, count)
-
-                    root = then.root if then is not None else ""
-                    yield line, stored, lambda: self._root_of(stored, header.size) == root
-        with unless_damaged():
-            line = compose.line(view, head.cycle, key, usable=self.sound())
-            entries_of = base_table(self.backend, line)
-            base = line.base
-            yield (
-                line,
-                entries_of,
-                lambda: (
-                    base is None
-                    or (entries_of is not None and self._root_of(entries_of, base.size) == base.root)
-                ),
-            )
-
-    def _root_of(self, entries_of: compose.BaseTable, size: int) -> str:
-        root = Root(self.journal.keys.leaf, size)
-        count = leaf_count(size)
-        for first in range(0, count, PAGE):
-            root.update(entries_of(first, min(PAGE, count - first)))
-        return root.text()
+    def forget(self) -> None:
+        """A cycle failed: the tables go back to the head."""
+        self._disks.forget()
 
     def note(self, error: FarshoreError) -> None:
         """Keep what an error says about damage."""
         finding = damage.of_error(error, self.clock())
-        self._findings = None
+        self._disks.look_again()
         if finding is not None:
             damage.note(self.backend, self.log.prefix, finding)
-
-    # adoption -----------------------------------------------------------------------------------------------------
-
-    def _adopt(self, opened: OpenDisk) -> None:
-        """Use what dead cycles left of this disk: a first copy that died goes on where it was. Their chunks count as if
-        they had been shipped first in this cycle; every leaf of them is visited, and shipped again where it differs."""
-        view = self.view()
-        since = self._head.cycle if self._head is not None else 0
-        now, ended = self.clock(), prune.ends(view)
-        # What any entry names, also one that is being removed, goes when that entry goes.
-        named = {pair for m, _ in view.manifests.values() for d in m.disks for pair in d.origins}
-        named |= {(m.epoch, m.cycle) for m, _ in view.manifests.values()}
-        safe = entries.safe_name(opened.state.key)
-        origins: set[tuple[int, int]] = set()
-        for stored in self.backend.list(f"{self.log.prefix}s/"):
-            name = stored.name[len(self.log.prefix) :]
-            where = entries.origin(name)
-            if (
-                where is None
-                or where[2] != safe
-                or where[1] <= since
-                or where[:2] in named
-                or where[1] in view.damaged
-            ):
-                continue
-            over = now if where[0] == self.epoch else ended.get(where[0])
-            if over is None or where[0] > self.epoch or now - over >= self.options.grace * prune.ADOPT:
-                continue
-            ref = self._dead_segment(opened, name)
-            if ref is not None:
-                opened.adopted.append(ref)
-                origins.add(where[:2])
-        for ref in opened.adopted:
-            for chunk in self.journal.index(opened.state.key, ref).chunks():
-                opened.table.put(
-                    chunk.offset // LEAF, self.journal.index(opened.state.key, ref).digests(chunk)
-                )
-                opened.visit.append(Extent(chunk.offset, chunk.length))
-        opened.visit = normalise(opened.visit, opened.state.size)
-        opened.origins = tuple(sorted(origins))
-
-    def _dead_segment(self, opened: OpenDisk, name: str) -> SegmentRef | None:
-        """A reference to a whole segment of a disk of this size; None: it is none."""
-        head = self.backend.part(self.log.prefix + name, 0, 64 << 10)
-        if head is None or len(head) < SEGMENT_HEADER:
-            return None
-        try:
-            length = index_length(head)
-            data = head[:length]
-            if length > len(head):
-                data = self.backend.part(self.log.prefix + name, 0, length) or b""
-            index = self.journal.parse(opened.state.key, SegmentRef(name, 0, 0, 0, length), data)
-        except (FarshoreError, ValueError) as error:
-            if isinstance(error, FarshoreError) and error.code is not Code.REPLICA_DAMAGED:
-                raise
-            return None
-        chunks = list(index.chunks())
-        if index.place.size != opened.state.size or not chunks:
-            return None
-        stored = index.payload + sum(chunk.stored for chunk in chunks)
-        start, end = min(chunk.offset for chunk in chunks), max(chunk.end for chunk in chunks)
-        return SegmentRef(name, start, end, stored, length)
-
-    def packer(self, opened: OpenDisk, take: Callable[[int], None] | None = None) -> Packer:
-        """Where the chunks of this cycle go."""
-        place = Place(self.machine, opened.state.key, self.epoch, self._next, opened.state.size)
-        return Packer(
-            self.backend,
-            self.log.prefix,
-            place,
-            self.journal.keys,
-            random=self.options.random,
-            adopted=opened.adopted,
-            take=take,
-        )
-
-    def forget(self) -> None:
-        """A cycle failed: the tables go back to the head."""
-        self._orphans = True
-        self._findings = None
-        for key, opened in self._open.items():
-            if opened.base is None or not opened.table.take_back() or opened.table.size != opened.base.size:
-                known = self._tables.pop(key, None)
-                if known is not None:
-                    known[1].close()
-        self._open.clear()
 
     # commit -------------------------------------------------------------------------------------------------------
 
@@ -425,22 +145,7 @@ class Writer:
             raise fenced(self.machine, "the manifest does not continue the log of this epoch")
         entry_digest = self._append(manifest)
         self._head = manifest
-        self._orphans = False
-        kept = {disk.state.key for disk in manifest.disks}
-        for key, (_, table) in list(self._tables.items()):
-            if key in kept:
-                table.accept()
-                table.trim()
-            else:
-                table.close()
-                del self._tables[key]
-        # Notes only: a finding that is not marked as healed is healed once more.
-        with contextlib.suppress(FarshoreError):
-            for opened in self._open.values():
-                for finding in opened.findings:
-                    damage.healed(self.backend, self.log.prefix, finding, manifest.cycle)
-        self._open.clear()
-        self._findings = None
+        self._disks.committed(manifest)
         return to_point(manifest, entry_digest)
 
     def _append(self, entry: Manifest | Base) -> str:
@@ -614,7 +319,7 @@ class Writer:
     ) -> Scrubbed:
         """A part of a round of scrub, replica disks included."""
         self._check_known()
-        self._findings = None
+        self._disks.look_again()
         scrub = Scrub(self.backend, self.journal, self.clock, look=look, take=take)
         return scrub.run(self.view(), replicas=True, budget=budget)
 
@@ -625,7 +330,7 @@ class Writer:
     def examine(self, look: Callable[[], None] = lambda: None) -> list[Finding]:
         """Read what the newest point needs, so that a resync ships again what is damaged."""
         self._check_known()
-        self._findings = None
+        self._disks.look_again()
         return Scrub(self.backend, self.journal, self.clock, look=look).examine(self.view())
 
     def _applied(self, view: View) -> dict[str, tuple[str, int, int]]:
@@ -703,16 +408,7 @@ class Writer:
 
     def close(self) -> None:
         """Give back files. The epoch stays taken."""
-        for _, table in self._tables.values():
-            table.close()
-        self._tables.clear()
-        self._open.clear()
-        for lock in self._locks.values():
-            os.close(lock)
-        self._locks.clear()
-        for path in self._temporary:
-            path.unlink(missing_ok=True)
-        self._temporary.clear()
+        self._disks.close()
 
 
 @contextlib.contextmanager

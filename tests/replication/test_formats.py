@@ -180,6 +180,21 @@ def test_nonces_and_keys_never_repeat() -> None:
     assert len(seen) == 100
 
 
+def nonce_used_again(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(Builder, "_next", lambda self: 0)
+
+
+def salt_used_again(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(keys.os, "urandom", bytes)
+
+
+@pytest.mark.parametrize("mutant", [nonce_used_again, salt_used_again])
+def test_a_nonce_that_is_used_again_is_noticed(mutant, monkeypatch) -> None:
+    mutant(monkeypatch)
+    with pytest.raises(AssertionError, match="twice"):
+        test_nonces_and_keys_never_repeat()
+
+
 # keys -----------------------------------------------------------------------------------------------------------------
 
 

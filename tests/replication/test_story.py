@@ -23,7 +23,7 @@ from hypothesis.stateful import (
 
 from farshore.domain.errors import Code, FarshoreError
 from farshore.domain.points import Consistency
-from farshore.replication.journal import compose, cycle, log, mirror, packer, prune, writer
+from farshore.replication.journal import compose, cycle, disks, log, mirror, packer, prune, writer
 from farshore.replication.journal.cycle import Pace, run_cycle
 from farshore.replication.journal.entries import Base, Manifest
 from farshore.replication.journal.keys import LocalKek
@@ -537,7 +537,7 @@ def table_kept_after_failure(patch: pytest.MonkeyPatch) -> None:
             opened.table.accept()
         self._open.clear()
 
-    patch.setattr(writer.Writer, "forget", forget)
+    patch.setattr(disks.Disks, "forget", forget)
 
 
 def holds_ignored(patch: pytest.MonkeyPatch) -> None:
@@ -553,30 +553,31 @@ def holds_ignored(patch: pytest.MonkeyPatch) -> None:
 
 def adopted_but_not_visited(patch: pytest.MonkeyPatch) -> None:
     """What dead cycles left is taken for what the source has now."""
-    real = writer.Writer._adopt
+    real = disks.Disks._adopt
 
     def adopt(self, opened) -> None:
         real(self, opened)
         opened.visit = []
 
-    patch.setattr(writer.Writer, "_adopt", adopt)
+    patch.setattr(disks.Disks, "_adopt", adopt)
 
 
 def adopted_from_removed_points(patch: pytest.MonkeyPatch) -> None:
     """Segments of a point that is being removed are taken for a dead cycle's."""
-    real = writer.Writer._adopt
+    real = disks.Disks._adopt
 
     def adopt(self, opened) -> None:
-        view = self.view()
+        owner = self._writer
+        view = owner.view()
         gone = view.doomed
         left = {cycle: pair for cycle, pair in view.manifests.items() if cycle not in gone}
-        self.view = lambda: dataclasses.replace(view, manifests=left, dooms={})
+        owner.view = lambda: dataclasses.replace(view, manifests=left, dooms={})
         try:
             real(self, opened)
         finally:
-            del self.view
+            del owner.view
 
-    patch.setattr(writer.Writer, "_adopt", adopt)
+    patch.setattr(disks.Disks, "_adopt", adopt)
 
 
 def line_by_number(patch: pytest.MonkeyPatch) -> None:
