@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from farshore.contract.client import FarshoreClient
-from farshore.lab.stack import Stack
+from farshore.lab.stack import Stack, free_port
 
 MIB = 1 << 20
 _WORK = {"records_per_second": 25, "churn_bytes_per_second": 128 << 10, "area_size": 1 << 20}
@@ -94,6 +94,10 @@ def make_stack(tmp_path: Path) -> Iterator[Callable[..., Stack]]:
             machines=machines,
             plans=write_plans(root / "plans", interval=interval, manual=manual),
             leg=leg,
+            # Stacks of tests side by side must not reach for the same well-known port at the same moment.
+            temporal_port=free_port(),
+            ui_port=free_port(),
+            http_port=free_port(),
         )
         made.append(stack)
         stack.start()

@@ -123,7 +123,14 @@ async def test_a_linux_server_is_protected_and_rehearsed_from_its_own_disk(serve
     plans.mkdir()
     (plans / "hall.yaml").write_text(PLAN)
 
-    stack = Stack(tmp_path / "stack", plans=plans, more_settings=SITE.format(ca=ca, root=root, port=port))
+    stack = Stack(
+        tmp_path / "stack",
+        plans=plans,
+        more_settings=SITE.format(ca=ca, root=root, port=port),
+        temporal_port=free_port(),
+        ui_port=free_port(),
+        http_port=free_port(),
+    )
     stack.root.mkdir()
     agent = None
     try:
