@@ -37,7 +37,7 @@ demo: install ## protect a three-tier application, rehearse, fail over, prove it
 	$(BIN)/python -m farshore.lab.demo $(ARGS)
 
 test: install ## short tests (under 15 minutes on 2 cores)
-	$(BIN)/python -m pytest -m "not slow" -n $(JOBS) --dist loadfile --no-loadscope-reorder $(ARGS)
+	$(BIN)/python -m pytest -m "not slow" -n $(JOBS) --dist loadfile $(ARGS)
 
 ##@ Checks
 .PHONY: check lint types imports test-slow test-tools bench

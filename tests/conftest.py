@@ -1,11 +1,9 @@
-"""For all tests: a failure is told, whatever its traceback looks like, and soon; what takes longest begins first."""
+"""For all tests: a failure is told, whatever its traceback looks like, and soon."""
 
 from __future__ import annotations
 
 import os
-from pathlib import Path
 
-import pytest
 from _pytest._code.code import TracebackEntry
 
 # Under CI pytest spells out every difference, with an algorithm that takes minutes for the bytes of a disk.
@@ -24,12 +22,3 @@ def _known_line(entry: TracebackEntry) -> int:
 
 
 TracebackEntry.lineno = property(_known_line)  # type: ignore[assignment]
-
-
-_LONGEST = Path(__file__).parent / "e2e"
-
-
-@pytest.hookimpl(trylast=True)  # after the shuffle
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Whole stacks wait a lot: at the end of a run, alone, they would leave the second core idle for minutes."""
-    items.sort(key=lambda item: _LONGEST not in item.path.parents)
