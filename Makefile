@@ -36,7 +36,7 @@ export PYRIGHT_PYTHON_IGNORE_WARNINGS := 1
 demo: install ## protect a three-tier application, rehearse, fail over, prove it byte for byte
 	$(BIN)/python -m farshore.lab.demo $(ARGS)
 
-test: install ## short tests (under 15 minutes on 2 cores)
+test: install ## short tests
 	$(BIN)/python -m pytest -m "not slow" -n $(JOBS) --dist loadfile --ignore tests/e2e $(ARGS)
 	@# Whole stacks one after the other: two at once starve each other. 5: ARGS chose none of them.
 	$(BIN)/python -m pytest -m "not slow" tests/e2e $(ARGS) || [ $$? = 5 ]

@@ -74,7 +74,8 @@ class TargetActivities:
 
         def work(store: ReplicaStore) -> m.ChosenPoint:
             choice = PointChoice(call.choice) if call.choice in set(PointChoice) else call.choice
-            point = choose(store.points(call.machine), choice, machine=call.machine)
+            damaged = store.known_damage(call.machine)
+            point = choose(store.points(call.machine), choice, machine=call.machine, damaged=damaged)
             if call.hold:
                 holder = purpose(call.test).value  # one test and one failover of a machine at a time
                 store.hold(call.machine, point.id, f"{holder} (choosing)")  # never a moment without a hold

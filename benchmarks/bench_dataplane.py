@@ -205,6 +205,7 @@ def recovery_point_objective(work: Path, seconds: float) -> list[str]:
                 if newest is not None:
                     exposed.append((done.manifest.committed_at - newest).total_seconds())
                 newest = done.manifest.taken_at
+                # the interval that is measured, as a leg keeps it
                 time.sleep(max(0.0, due - time.monotonic()))
         finally:
             stop.set()

@@ -84,7 +84,7 @@ class Settle(Message):
     point: PointView | None = None
     made: tuple[ResourceView, ...] = ()
     source_stopped: bool = False  # this run has shut the source down, or may have
-    source_may_lack_changes: bool = False  # cancel: the reverse of what the replica got is unknown
+    source_may_lack_changes: bool = False  # cancel: asks for a resync; no run of this build sets it
 
 
 class Halt(Message):

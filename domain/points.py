@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from datetime import datetime
 from enum import StrEnum
@@ -42,15 +42,32 @@ class RecoveryPoint:
     final: bool = False  # taken after the source was shut down: nothing is lost
 
 
-def choose(points: Iterable[RecoveryPoint], choice: PointChoice | str, *, machine: str) -> RecoveryPoint:
-    """The point that `choice` (a PointChoice or a point id) means.
+def choose(
+    points: Iterable[RecoveryPoint],
+    choice: PointChoice | str,
+    *,
+    machine: str,
+    damaged: Mapping[str, str] | None = None,
+) -> RecoveryPoint:
+    """The point that `choice` (a PointChoice or a point id) means. `damaged` are ids that cannot be restored, and why: a
+    PointChoice passes over them, an id is refused.
 
-    Raises NoRecoveryPoint when there is none at all, PointNotFound for an unknown id, PointNotConsistent when no
-    point has the wanted consistency.
+    Raises NoRecoveryPoint when there is none at all, ReplicaDamaged when the wanted one or all are damaged, PointNotFound
+    for an unknown id, PointNotConsistent when no point has the wanted consistency.
     """
-    known = sorted(points, key=lambda p: p.cycle)
-    if not known:
+    every = sorted(points, key=lambda p: p.cycle)
+    if not every:
         raise FarshoreError(Code.NO_RECOVERY_POINT, f"{machine} has no recovery point yet.", subject=machine)
+    damaged = damaged or {}
+    known = [p for p in every if p.id not in damaged]
+    if choice in damaged or not known:
+        wanted = choice if choice in damaged else every[-1].id
+        raise FarshoreError(
+            Code.REPLICA_DAMAGED,
+            f"Point {wanted} of {machine} is damaged: {damaged[wanted]} Of {len(every)} points {len(known)} are sound"
+            f"{f', the newest is {known[-1].id}' if known else ''}.",
+            subject=machine,
+        )
     if choice not in set(PointChoice):
         for point in known:
             if point.id == choice:

@@ -45,20 +45,6 @@ def split(extents: Iterable[Extent], limit: int) -> Iterator[Extent]:
             at = stop
 
 
-def batches(extents: Iterable[Extent], limit: int) -> Iterator[list[Extent]]:
-    """Pieces of at most `limit` bytes, grouped so that a group holds at most `limit` bytes in all."""
-    group: list[Extent] = []
-    held = 0
-    for piece in split(extents, limit):
-        if group and held + piece.length > limit:
-            yield group
-            group, held = [], 0
-        group.append(piece)
-        held += piece.length
-    if group:
-        yield group
-
-
 def bridge(extents: Sequence[Extent], gap: int) -> list[Extent]:
     """Ordered disjoint extents with gaps of at most `gap` bytes filled: fewer, larger runs."""
     joined: list[Extent] = []
@@ -70,13 +56,3 @@ def bridge(extents: Sequence[Extent], gap: int) -> list[Extent]:
                 continue
         joined.append(extent)
     return joined
-
-
-def coarsen(extents: Sequence[Extent], most: int) -> list[Extent]:
-    """A superset of ordered disjoint extents with at most `most` members (`most` >= 1)."""
-    result = list(extents)
-    gap = LEAF
-    while len(result) > most:
-        result = bridge(result, gap)
-        gap *= 2
-    return result

@@ -18,11 +18,14 @@ from pathlib import Path
 
 from farshore.domain.errors import Code, FarshoreError
 from farshore.domain.points import Consistency
-from farshore.replication import leaves
+from farshore.replication.journal import table
 from farshore.replication.journal.entries import safe_name
 from farshore.replication.ports import LEAF, DiskState, Extent, FullCopyNeeded
 
 _IO = 4 << 20
+_KEY = (
+    b"farshore file source leaf hashes"  # no secret: the tables stay beside the files that they are made of
+)
 _KEPT_TABLES = 4  # generations of leaf tables kept for comparisons
 
 
@@ -63,17 +66,17 @@ class FileCut:
         state = next(disk for disk in self._disks if disk.key == disk_key)
         now = self._table(disk_key, state.tracker)
         if since is None:
-            yield from leaves.written(now, state.size)
-            return
-        if since.size != state.size or since.identity != state.identity:
+            then = bytes(len(now))  # of a disk of zeros
+        elif since.size != state.size or since.identity != state.identity:
             raise FullCopyNeeded("the file was resized or replaced")
-        try:
-            then = self._table(disk_key, since.tracker)
-        except FileNotFoundError:
-            raise FullCopyNeeded("the hashes of the last point are gone") from None
-        for at in range(0, len(now), leaves.ENTRY):
-            if now[at : at + leaves.ENTRY] != then[at : at + leaves.ENTRY]:
-                start = at // leaves.ENTRY * LEAF
+        else:
+            try:
+                then = self._table(disk_key, since.tracker)
+            except FileNotFoundError:
+                raise FullCopyNeeded("the hashes of the last point are gone") from None
+        for at in range(0, len(now), table.ENTRY):
+            if now[at : at + table.ENTRY] != then[at : at + table.ENTRY]:
+                start = at // table.ENTRY * LEAF
                 yield Extent(start, min(LEAF, state.size - start))
 
     def _table(self, disk_key: str, tracker: str | None) -> bytes:
@@ -173,8 +176,8 @@ def _copy(source: Path, target: Path) -> None:
 
 
 def _hash_file(path: Path, size: int) -> bytes:
-    table = bytearray()
+    found = bytearray()
     with path.open("rb") as file:
         for at in range(0, size, _IO):
-            table += leaves.hashes(os.pread(file.fileno(), min(_IO, size - at), at))
-    return bytes(table)
+            found += table.hashes(_KEY, os.pread(file.fileno(), min(_IO, size - at), at))
+    return bytes(found)

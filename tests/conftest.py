@@ -21,4 +21,4 @@ def _known_line(entry: TracebackEntry) -> int:
     return _line(entry) if raw.tb_lineno is not None else raw.tb_frame.f_code.co_firstlineno - 1
 
 
-TracebackEntry.lineno = property(_known_line)  # type: ignore[assignment]
+TracebackEntry.lineno = property(_known_line)  # type: ignore[assignment]  # on purpose, see above

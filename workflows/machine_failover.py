@@ -206,7 +206,6 @@ class MachineFailover(SourceSteps, TargetSteps):
                 point=self._point,
                 made=self._made,
                 source_stopped=self._source_stopped,
-                source_may_lack_changes=self._source_may_lack,
             ),
             "settle success",
         )

@@ -70,7 +70,6 @@ class MachineWork:
         self._network = given.network
         self._state = ""
         self._note = ""
-        self._source_may_lack = False
 
     async def _step(
         self,

@@ -110,7 +110,7 @@ def undo(line: Line) -> Any:
         except (OSError, _Refused):
             if time.monotonic() > until:
                 raise
-            time.sleep(0.2)
+            time.sleep(0.2)  # between two tries, until PATIENCE ends
 
 
 def _thaw(line: Line) -> int:

@@ -147,7 +147,7 @@ class Monitor:
                 raise FarshoreError(
                     Code.SOURCE_BUSY, f"{what} did not end within {timeout:g} s.", subject=self._subject
                 )
-            time.sleep(pause)
+            time.sleep(pause)  # QEMU tells no event for everything that is waited for here
             pause = min(pause * 2, 0.2)
 
     def transaction(self, actions: Sequence[Mapping[str, Any]]) -> None:

@@ -159,7 +159,6 @@ class Prepared:
         want: Consistency,
     ) -> None:
         self._settings, self._cut, self._stem, self._disks = settings, cut, stem, list(disks)
-        self._want = want
         self._agent: Keeper | None = None
         self._holder: Keeper | None = None
         self._frozen = 0  # file systems

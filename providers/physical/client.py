@@ -86,6 +86,7 @@ class AgentClient:
                 done -= (done - before) % 65536 if done > before else 0
                 if tries >= self._settings.read_tries or self._closed.is_set():
                     raise classify(error, doing=doing, subject=self.subject) from error
+                # A network that is away: doubled from try to try.
                 time.sleep(min(self._settings.read_retry_delay * 2 ** (tries - 1), 15.0))
         return bytes(data)
 

@@ -18,10 +18,8 @@ from farshore.providers.physical.agent import certificates
 from tests.e2e.conftest import until
 from tests.providers.physical.conftest import LoopMachine, missing, run
 
-pytestmark = [
-    pytest.mark.timeout(420),
-    pytest.mark.skipif(bool(missing()), reason=missing() or "-"),
-]
+WHY_NOT = missing()
+pytestmark = [pytest.mark.timeout(420), pytest.mark.skipif(WHY_NOT != "", reason=WHY_NOT)]
 
 PLAN = """
 farshore: 1

@@ -8,13 +8,11 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
-from blake3 import blake3
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from farshore.domain.errors import Code, FarshoreError
 from farshore.domain.points import Consistency
-from farshore.replication import leaves
 from farshore.replication.extents import bridge, normalise, split, total
 from farshore.replication.journal import entries, keys, segment, table
 from farshore.replication.journal.entries import (
@@ -415,19 +413,3 @@ def test_split_and_bridge_keep_the_bytes(runs: list[Extent], leaves_each: int) -
     assert total(pieces) == total(whole) and covered(pieces) == covered(whole)
     assert all(0 < piece.length <= leaves_each * LEAF for piece in pieces)
     assert covered(bridge(whole, LEAF)) >= covered(whole)
-
-
-def test_a_leaf_of_zeros_has_the_constant_and_other_leaves_their_blake3() -> None:
-    data = bytes(LEAF) + b"x" * LEAF + bytes(100)
-    assert leaves.hashes(data) == leaves.ZERO + blake3(b"x" * LEAF).digest()[:16] + leaves.ZERO
-    assert leaves.hashes(bytes(9 << 20)) == bytes(144 * 16)
-    assert leaves.leaf_hash(b"\0" * 99 + b"\1") != leaves.ZERO
-
-
-@settings(deadline=None, max_examples=60)
-@given(st.lists(st.booleans(), min_size=1, max_size=50), st.integers(0, 127))
-def test_written_names_the_leaves_that_are_not_zero(kinds: list[bool], cut: int) -> None:
-    size = len(kinds) * LEAF - cut * 512
-    table = b"".join(b"\x01" * 16 if kind else leaves.ZERO for kind in kinds)
-    expected = [Extent(i * LEAF, LEAF) for i, kind in enumerate(kinds) if kind]
-    assert normalise(leaves.written(table, size), size) == normalise(expected, size)

@@ -72,7 +72,6 @@ class Agent:
         ] = {}  # newest marks that were taken under a freeze of everything, oldest first
         self._floors: dict[str, str] = {}  # the consumer's last known state of each disk
         self._load_memory()
-        self._readers: dict[str, DirectReader] = {}
         self._refuse_spool_on_disk()
         self.plans = {disk.key: self._plan(disk.path, disk.tracking) for disk in config.disks}
         self._trackers: dict[str, ChangeSource] = {}

@@ -26,11 +26,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
-EXECUTED_ON_WINDOWS = False
-"""No test of ours ran on Windows. Shown by the inventory of a Windows agent."""
-
-SHADOWS_MOST = 64  # per volume; more are refused (unverified)
-
 
 class ShadowFailed(Exception):
     """No shadow copy. `reason` of `Reason`; the text is for a person."""

@@ -429,7 +429,3 @@ def test_shadow_copies_and_hashes_fill_the_ports_of_the_agent(tmp_path):
     vss.shadows.clear()
     with pytest.raises(ShadowFailed, match="deleted while it was read"):
         source.changed("d", second, third)
-
-
-def test_no_test_of_ours_ran_on_windows():
-    assert windows.EXECUTED_ON_WINDOWS is False

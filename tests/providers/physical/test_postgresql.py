@@ -10,6 +10,7 @@ import os
 import pwd
 import shutil
 import subprocess
+import tempfile
 import threading
 import time
 from pathlib import Path
@@ -108,8 +109,9 @@ class Inserting:
 def test_postgresql_is_whole_in_every_point(machine, start, tmp_path):
     bin_ = programs()
     os.chmod(tmp_path, 0o755)
-    for parent in tmp_path.parents:
-        if str(parent).startswith("/tmp/pytest"):
+    temporary = Path(tempfile.gettempdir())
+    for parent in tmp_path.parents:  # the server runs as another user
+        if temporary in parent.parents:
             os.chmod(parent, 0o755)
     machine.add("pg", 192)
     machine.mkfs("pg")
