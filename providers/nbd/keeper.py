@@ -93,9 +93,10 @@ class Keeper:
             stdin.write(json.dumps(message).encode() + b"\n")
             stdin.flush()
             until = time.monotonic() + patience
+            waiter = select.poll()  # select() takes no descriptor above 1023
+            waiter.register(stdout, select.POLLIN)
             while b"\n" not in self._rest:
-                ready, _, _ = select.select([stdout], [], [], max(0.0, until - time.monotonic()))
-                if not ready:
+                if not waiter.poll(max(0.0, until - time.monotonic()) * 1000):
                     raise KeeperFailed("the guardian does not answer")
                 data = os.read(stdout.fileno(), 1 << 16)
                 if not data:

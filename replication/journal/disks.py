@@ -13,6 +13,7 @@ import tempfile
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from hashlib import sha256
+from io import FileIO
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -69,7 +70,6 @@ class Disks:
         self._orphans = True  # whether there may be segments of dead cycles to adopt
         self._findings: list[Finding] | None = None  # as of this cycle
         self._locks: dict[Path, int] = {}
-        self._temporary: list[Path] = []
 
     def open(self, state: DiskState) -> OpenDisk:
         """The leaf table of a disk as of the head, and what has to be shipped whatever it says."""
@@ -138,12 +138,13 @@ class Disks:
         known = self._tables.pop(key, None)
         if known is not None:
             known[1].close()
-        table = Table(self._writer.journal.keys.leaf, self._cache_path(key, life), size)
+        table = Table(self._writer.journal.keys.leaf, self._cache_file(key, life), size)
         self._tables[key] = (life, table)
         return table
 
-    def _cache_path(self, key: str, life: str) -> Path:
-        """A file of our own: the lasting one, if no other process has it."""
+    def _cache_file(self, key: str, life: str) -> FileIO:
+        """A file of our own: the lasting one, if no other process has it; otherwise one without a name, which a kill leaves
+        nowhere."""
         folder = self._writer.options.cache
         if folder is not None:
             folder.mkdir(parents=True, exist_ok=True)
@@ -151,7 +152,7 @@ class Disks:
                 sha256(f"{self._writer.log.prefix}{key}|{life}".encode()).hexdigest()[:32] + ".leaves"
             )
             if path in self._locks:
-                return path
+                return _opened(path)
             lock = os.open(f"{path}.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -159,11 +160,8 @@ class Disks:
                 os.close(lock)
             else:
                 self._locks[path] = lock
-                return path
-        handle, name = tempfile.mkstemp(prefix="farshore-", suffix=".leaves", dir=folder)
-        os.close(handle)
-        self._temporary.append(Path(name))
-        return Path(name)
+                return _opened(path)
+        return tempfile.TemporaryFile(prefix="farshore-", suffix=".leaves", dir=folder, buffering=0)
 
     def _table_at(self, head: Manifest, entry: DiskEntry) -> tuple[Table | None, list[Extent] | None]:
         """The table of a disk at the head, with the areas that nobody knows; None: it cannot be had."""
@@ -364,6 +362,7 @@ class Disks:
         for lock in self._locks.values():
             os.close(lock)
         self._locks.clear()
-        for path in self._temporary:
-            path.unlink(missing_ok=True)
-        self._temporary.clear()
+
+
+def _opened(path: Path) -> FileIO:
+    return FileIO(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600), "r+")

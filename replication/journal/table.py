@@ -12,9 +12,8 @@ differ.
 from __future__ import annotations
 
 import mmap
-import os
 from collections.abc import Iterator
-from pathlib import Path
+from io import FileIO
 
 from blake3 import blake3
 
@@ -102,10 +101,10 @@ def page_digest(key: bytes, page: bytes) -> bytes:
 class Table:
     """The leaf table of one disk in a file. Entries of different leaves may be written from several threads."""
 
-    def __init__(self, key: bytes, path: Path, size: int) -> None:
+    def __init__(self, key: bytes, file: FileIO, size: int) -> None:
+        """`file`: open for reading and writing, unbuffered; closed with the table, or with the last reference to it."""
         self._key = key
-        self.path = path
-        self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        self._file = file
         self._map = mmap.mmap(-1, ENTRY)
         self._undo: list[tuple[int, bytes]] | None = None
         self._undone = 0
@@ -119,8 +118,8 @@ class Table:
         self._map.close()
         self._size = size
         length = max(1, leaf_count(size)) * ENTRY
-        os.ftruncate(self._file, length)
-        self._map = mmap.mmap(self._file, length)
+        self._file.truncate(length)
+        self._map = mmap.mmap(self._file.fileno(), length)
         pages = -(-length // _PAGE_BYTES)
         self._digests = bytearray(pages * _DIGEST)
         self._dirty = set(range(pages))
@@ -139,7 +138,7 @@ class Table:
     def clear(self) -> None:
         """All leaves zeros."""
         self._map.close()
-        os.ftruncate(self._file, 0)
+        self._file.truncate(0)
         self._open(self._size)
 
     def get(self, first: int, count: int) -> bytes:
@@ -201,7 +200,7 @@ class Table:
     def close(self) -> None:
         if not self._map.closed:
             self._map.close()
-            os.close(self._file)
+            self._file.close()
 
 
 def differing(first: int, mine: bytes, other: bytes) -> Iterator[Extent]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from datetime import UTC, datetime
+from io import FileIO
 from itertools import pairwise
 from pathlib import Path
 
@@ -327,8 +328,7 @@ def test_names_tell_where_a_segment_comes_from(disk: str) -> None:
 def test_the_root_is_the_same_however_it_is_computed(tmp_path_factory, leaves, writes, step) -> None:
     size = leaves * LEAF - 512
     body = bytearray(leaves * 16)
-    path = tmp_path_factory.mktemp("t") / "t"
-    mine = table.Table(KEYS.leaf, path, size)
+    mine = table.Table(KEYS.leaf, FileIO(tmp_path_factory.mktemp("t") / "t", "x+"), size)
     for leaf, entry in writes:
         if leaf < leaves:
             mine.root()  # so that only what changed is computed anew
@@ -344,7 +344,7 @@ def test_the_root_is_the_same_however_it_is_computed(tmp_path_factory, leaves, w
 
 
 def test_a_table_takes_back_what_was_written_and_says_when_it_cannot(tmp_path: Path, monkeypatch) -> None:
-    mine = table.Table(KEYS.leaf, tmp_path / "t", 100 * LEAF)
+    mine = table.Table(KEYS.leaf, FileIO(tmp_path / "t", "x+"), 100 * LEAF)
     mine.accept()
     before = mine.root()
     mine.begin()

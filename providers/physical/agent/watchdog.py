@@ -45,10 +45,11 @@ def serve(channel: socket.socket) -> None:
     held: list[int] = []
     deadline: float | None = None
     fired = False
+    waiter = select.poll()  # select() takes no descriptor above 1023
+    waiter.register(channel, select.POLLIN)
     while True:
-        left = None if deadline is None else max(0.0, deadline - time.monotonic())
-        ready, _, _ = select.select([channel], [], [], left)
-        if not ready:
+        left = None if deadline is None else max(0.0, deadline - time.monotonic()) * 1000  # ms
+        if not waiter.poll(left):
             thaw(held)
             deadline, fired = None, True
             continue

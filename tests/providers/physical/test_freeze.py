@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -59,6 +60,28 @@ def test_writes_wait_while_frozen_and_go_on_after(machine, mounted, freezer):
     assert frozen.frozen == [str(mounted)]
     assert not frozen.late
     assert 0.3 <= frozen.seconds < 30
+
+
+def test_a_process_with_many_open_files_has_a_watchdog(machine, mounted, tmp_path):
+    """A worker of a large site holds thousands of connections: nothing here may depend on small descriptors."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if hard != resource.RLIM_INFINITY and hard < 2048:
+        pytest.skip("this machine allows fewer than 2,048 open files")
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, 2048), hard))
+    taken = [os.open("/dev/null", os.O_RDONLY) for _ in range(1030)]
+    try:
+        freezer = Freezer(tmp_path / "note")
+        try:
+            with freezer.frozen(machine.mounts(), 0.2) as frozen:
+                assert written(mounted), "the watchdog did not thaw"
+            assert frozen.late
+        finally:
+            machine.thaw()
+            freezer.close()
+    finally:
+        for descriptor in taken:
+            os.close(descriptor)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
 def test_an_error_inside_thaws(machine, mounted, freezer):

@@ -77,12 +77,15 @@ def test_a_tracker_that_drops_events_silently_is_caught(machine, start, tmp_path
 def test_events_that_are_dropped_and_not_counted_begin_a_new_life(machine, start, tmp_path, monkeypatch):
     """The clumsier form of the mutant before: the kernel's count of events read gives it away."""
     fold = TraceTracker._fold
-    calls = iter(range(10**9))
     armed = False
+    dropped: list[bytes] = []
 
     def lossy(self: TraceTracker, data: bytes) -> None:
-        if not armed or b"tracing_mark_write" in data or next(calls) % 2:
-            fold(self, data)
+        lines = data.splitlines(keepends=True)
+        events = [number for number, line in enumerate(lines) if b"block_bio_queue" in line]
+        if armed and not dropped and events:
+            dropped.append(lines.pop(events[0]))
+        fold(self, b"".join(lines))
 
     monkeypatch.setattr(TraceTracker, "_fold", lossy)
     machine.add("data", 64)
@@ -93,8 +96,8 @@ def test_events_that_are_dropped_and_not_counted_begin_a_new_life(machine, start
         assert bench.point().missed == {}
         armed = True
         keep(folder, 8)
-        armed = False
-        made = bench.point()
+        made = bench.point()  # whatever the reader's thread has not folded yet is folded in here
+        assert len(dropped) == 1
         assert "somebody else emptied or read the trace" in made.result.reason
         assert made.missed == {}
     finally:
