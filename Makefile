@@ -22,8 +22,8 @@ TYPES := build/types/farshore
 PYTHON ?= $(shell for p in python3 python3.14 python3.13 python3.12 python3.11; do \
 	if "$$p" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then echo "$$p"; break; fi; done)
 
-# pytest processes side by side. A test file stays in one process, so its module-wide servers start once.
-JOBS ?= 2
+# pytest processes side by side (three keep two cores busy: they wait for servers). A test file stays in one process, so its module-wide servers start once.
+JOBS ?= 3
 # More arguments: to pytest (make test ARGS="-k lint -x"), to the demo (make demo ARGS=--exit).
 ARGS ?=
 

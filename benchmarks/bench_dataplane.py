@@ -57,6 +57,8 @@ class RawCut:
     def read(self, disk_key: str, offset: int, length: int) -> bytes:
         return os.pread(self._source.fd, length, offset)
 
+    def confirm(self) -> None: ...
+
     def release(self) -> None: ...
 
 

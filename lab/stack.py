@@ -243,6 +243,7 @@ folder = "{folder}"
 
 [worker]
 leg = {self.leg}
+cache = "{self.root / "cache"}"
 
 [sites.east]
 provider = "vsphere"

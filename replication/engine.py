@@ -4,6 +4,7 @@ from farshore.replication.journal.audit import Audited
 from farshore.replication.journal.bandwidth import Bandwidth, Priority, Schedule, Window
 from farshore.replication.journal.cycle import CycleResult, Pace, Stopped, never, run_cycle, utc_now
 from farshore.replication.journal.entries import Manifest
+from farshore.replication.journal.gather import Gather
 from farshore.replication.journal.keys import Kek, LocalKek
 from farshore.replication.journal.reader import PointReader
 from farshore.replication.journal.store import JournalStore, Options
@@ -13,6 +14,7 @@ __all__ = [
     "Audited",
     "Bandwidth",
     "CycleResult",
+    "Gather",
     "JournalStore",
     "Kek",
     "LocalKek",

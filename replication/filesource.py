@@ -96,6 +96,9 @@ class FileCut:
             )
         return data
 
+    def confirm(self) -> None:
+        """Nothing to ask: see `read`."""
+
     def release(self) -> None:
         shutil.rmtree(self._folder, ignore_errors=True)
 

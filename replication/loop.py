@@ -7,8 +7,8 @@ because the outcome of what failed may be unknown, but never taken from a succes
 opening failed or that wakes late: `LegPlan.asked_at` tells it from one that was asked for afterwards. Other errors end
 the leg.
 
-The replica disks follow behind, in a thread of their own (`behind`), so that a slow target costs no points: redo after every
-point, a base every `base_every_s` and for every app-consistent and final point. In the time that is left until the next cycle
+The replica disks follow behind, in a thread of their own (`behind`), so that a slow target costs no points: redo every
+`redo_every_s`, which writes a block that changed ten times meanwhile once; a base every `base_every_s` and for every app-consistent and final point. In the time that is left until the next cycle
 is due, what retention removed is swept and the store is scrubbed. Damage that any of them finds is shipped again by the next
 cycle and costs no point.
 """
@@ -36,6 +36,7 @@ _CLOCK_DOUBT = (
 _DRIFT = 60.0  # seconds between two epochs that are opened only because redo failed
 _SCRUB_ROOM = 0.5  # seconds before the next cycle is due in which no scrub is begun
 _SCRUB_PART = 32 << 20  # bytes scrubbed between two looks at the clock
+_REDO_BYTES = 256 << 20  # bytes of journal that a redo does not let pile up, however recent the last one is
 _POLL = 0.5  # the longest sleep between two looks at `should_stop`, seconds
 
 
@@ -55,6 +56,7 @@ class LegPlan:
     want: Consistency = Consistency.CRASH  # of ordinary points
     backoff_cap_s: float = 60.0
     pace: Pace = field(default_factory=Pace)
+    redo_every_s: float = 10.0  # what is overwritten in this time is written to the replica disks once
     base_every_s: float = 900.0  # between two bases: bounds how much journal a restore replays
     sweep_every_s: float = 300.0
     scrub_every_s: float | None = 7 * 86400.0  # a whole round in this time; None: no scrub
@@ -150,6 +152,8 @@ class _Leg:
         self._worst_rpo = 0.0
         self._behind: Behind | None = None
         self._drifting_until = 0.0  # monotonic: until then redo that failed is not tried again
+        self._redone_at: float | None = None  # monotonic
+        self._unapplied = 0  # bytes of journal since the last redo began
         self._base_at: float | None = None  # monotonic
         self._base_wanted = False
         self._freezing = False  # what is under way behind will be a base
@@ -284,6 +288,7 @@ class _Leg:
         self._retain(writer, result.point, self._monotonic() - began)
         if result.point.consistency is Consistency.APPLICATION or result.point.final:
             self._base_wanted = True
+        self._unapplied += result.bytes_stored
         self._applied[result.point.cycle] = result.point.taken_at
         self._follow(writer)
 
@@ -360,8 +365,10 @@ class _Leg:
             self._base_wanted |= self._freezing
         now = self._monotonic()
         freeze = self._base_wanted or self._base_at is None or now - self._base_at >= self._plan.base_every_s
-        if writer.adrift:
+        late = self._redone_at is None or now - self._redone_at >= self._plan.redo_every_s
+        if writer.adrift or not (freeze or late or self._unapplied > _REDO_BYTES):
             return
+        self._redone_at, self._unapplied = now, 0
         if freeze:
             self._base_at, self._base_wanted = now, False
         self._freezing = freeze

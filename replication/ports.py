@@ -82,6 +82,11 @@ class SourceCut(Protocol):
         """
         ...
 
+    def confirm(self) -> None:
+        """Called once after the last read and before anything is committed: an error if what was read may not have been
+        of this instant, where `read` itself cannot tell. SourceReadFailed."""
+        ...
+
     def release(self) -> None:
         """Remove the snapshot. Idempotent. Called always, also after errors."""
         ...

@@ -74,6 +74,11 @@ class WorkerTuning(_Part):
         description="most that this worker's legs send together, by time of day; none: no limit. The final cycle of a "
         "failover goes first, then changes, resyncs and first copies",
     )
+    cache: Path | None = Field(
+        default=None,
+        description="folder for leaf tables (256 KiB per GiB of disk) and nothing that is needed; none: farshore in the "
+        "user's cache folder",
+    )
     heartbeat_throttle: float = Field(default=3.0, gt=0, description="longest delay of a heartbeat")
     graceful_shutdown: float = Field(default=10.0, ge=0)
     metrics: str | None = Field(default=None, description="host:port for Prometheus; none: no metrics")
@@ -194,6 +199,14 @@ def load_settings(path: Path | None = None) -> Settings:
         plans = PlanSettings(folder=(chosen.parent / folder).resolve())
         settings = settings.model_copy(update={"plans": plans})
     return settings
+
+
+def cache_folder(settings: Settings) -> Path:
+    """Where this worker keeps what it can compute anew."""
+    if settings.worker.cache is not None:
+        return settings.worker.cache
+    base = os.environ.get("XDG_CACHE_HOME", "")
+    return (Path(base) if os.path.isabs(base) else Path("~/.cache").expanduser()) / "farshore"
 
 
 def key(reference: str, what: str) -> bytes:

@@ -5,11 +5,21 @@ each SDK is imported only if a site needs it.
 from __future__ import annotations
 
 import threading
+from pathlib import Path
 from typing import Any
 
 from farshore.domain.errors import Code, FarshoreError
 from farshore.providers.ports import SourceSite, TargetSite
-from farshore.workers.settings import AzureSite, PhysicalSite, Settings, Site, VSphereSite, key, secret
+from farshore.workers.settings import (
+    AzureSite,
+    PhysicalSite,
+    Settings,
+    Site,
+    VSphereSite,
+    cache_folder,
+    key,
+    secret,
+)
 
 
 class ConfiguredSites:
@@ -39,7 +49,7 @@ class ConfiguredSites:
             raise self._unknown(site, "target")
         with self._lock:
             if site not in self._made:
-                self._made[site] = _azure(site, found)
+                self._made[site] = _azure(site, found, cache_folder(self._settings))
             return self._made[site]
 
     async def close(self) -> None:
@@ -95,7 +105,7 @@ def _physical(site: PhysicalSite) -> SourceSite:
     )
 
 
-def _azure(name: str, site: AzureSite) -> TargetSite:
+def _azure(name: str, site: AzureSite, cache: Path) -> TargetSite:
     from farshore.providers.azure.adapter import AzureSite as Adapter
     from farshore.providers.azure.settings import AzureSettings
 
@@ -118,6 +128,7 @@ def _azure(name: str, site: AzureSite) -> TargetSite:
             if site.encryption_key
             else None,
             container=site.container,
+            cache=cache / name,
             polling_interval=site.polling_interval,
         )
     )

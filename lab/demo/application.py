@@ -11,7 +11,12 @@ from farshore.lab.guest import ledger
 from farshore.lab.stack import Stack
 
 MIB = 1 << 20
-_WORK = {"records_per_second": 20, "churn_bytes_per_second": 512 << 10, "area_size": 4 << 20}
+_WORK = {
+    "records_per_second": 20,
+    "churn_bytes_per_second": 512 << 10,
+    "area_size": 4 << 20,
+    "hot_size": 2 << 20,
+}
 
 MACHINES: tuple[dict[str, Any], ...] = (
     {

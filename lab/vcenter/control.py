@@ -103,7 +103,7 @@ class VCenterControl:
         return base64.b64decode(self.call("guest_read", name=name, disk=disk, offset=offset, length=length))
 
     def set_workload(self, name: str, **workload: Any) -> None:
-        """`records_per_second`, `churn_bytes_per_second`, `area_size`; what is left out stays."""
+        """`records_per_second`, `churn_bytes_per_second`, `area_size`, `hot_size`; what is left out stays."""
         self.call("set_workload", name=name, workload=workload)
 
     def clear_workload(self, name: str) -> None:

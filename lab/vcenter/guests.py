@@ -1,6 +1,7 @@
 """What runs inside the machines: a ledger writer and churn for each powered-on machine that has a workload.
 
-A workload: `records_per_second`, `churn_bytes_per_second`, `area_size` (ledger bytes on each disk). A record counts as
+A workload: `records_per_second`, `churn_bytes_per_second`, `area_size` (ledger bytes on each disk), `hot_size` (bytes
+of each disk that most of the churn stays in, as that of applications does; 0: it goes everywhere). A record counts as
 acknowledged once it stands in `acks/<vm>.log` (one line `number time_ns kind`), which is outside the disks and so
 survives whatever happens to them.
 """
@@ -23,10 +24,12 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 CHURN_SIZE = 4096
+COLD = 64  # one piece of churn in so many leaves the hot part
 _DEFAULTS: dict[str, Any] = {
     "records_per_second": 20.0,
     "churn_bytes_per_second": 0,
     "area_size": 4 << 20,
+    "hot_size": 0,
 }
 
 
@@ -137,6 +140,9 @@ class Writer(threading.Thread):
                 return
             disk = self._random.choice(self._disks)
             first, last = self.ledger.area_end // CHURN_SIZE + 1, disk.capacity // CHURN_SIZE - 1
+            hot = int((self.machine.workload or {}).get("hot_size", 0)) // CHURN_SIZE
+            if hot and self._random.randrange(COLD):
+                last = min(last, first + hot)
             if last > first:
                 disk.write(self._random.randint(first, last) * CHURN_SIZE, self._random.randbytes(CHURN_SIZE))
 

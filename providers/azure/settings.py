@@ -6,6 +6,7 @@ Built by the composition root from the workers' settings; never serialised, neve
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from pathlib import Path
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +36,7 @@ class AzureSettings:
     credential_scope: str = "https://management.azure.com/.default"
     ca_file: str | None = None
     container: str = "farshore"
+    cache: Path | None = None  # folder for leaf tables; None: computed anew by every writer
     polling_interval: float = 5.0  # between polls of an operation where Azure gives no Retry-After
     checkpoint_interval: float = 3.0  # longest silence towards the caller's checkpoint while a step waits
     visibility_grace: float = 300.0  # after our own create, a 404 within this time is lag, not drift

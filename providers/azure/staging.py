@@ -28,11 +28,13 @@ from farshore.providers.azure.client import AzureClients
 from farshore.providers.azure.errors import classify, is_missing, said
 from farshore.providers.azure.pageblobs import AzureReplicaStore
 from farshore.providers.ports import Checkpoint, Owner, Resource
+from farshore.replication.engine import Gather
 from farshore.replication.ports import PointBytes
 
 _STEP = "copy"
 _FROM = "restoredfrom"  # metadata: the snapshot under the journal
 _RESTORED = "restored"  # metadata: the journal was written, all of it
+_WRITERS = 8  # requests at a time
 _NO_FENCE = 1 << 62  # a staging blob belongs to its run; its sequence number stays 0
 
 
@@ -186,13 +188,15 @@ class Staging:
                 with lock:
                     done += len(data)
 
+            gather = Gather(sink)
             try:
                 journal.write_out(
-                    sink,
+                    gather,
                     clear=lambda offset, length: target.backend.clear(name, offset, length, _NO_FENCE),
                     on_base=on_base,
                     look=look,
                 )
+                gather.finish(workers=_WRITERS, look=look)
             finally:
                 target.close()
 

@@ -289,6 +289,9 @@ class QemuCut:
 
     # -- ending --------------------------------------------------------------------------------------------------
 
+    def confirm(self) -> None:
+        """Nothing to ask: a fleece that is full or gone answers no read."""
+
     def release(self) -> None:
         """Remove the fleeces and the trackers that no point needs any more. Idempotent."""
         with self._release_lock:

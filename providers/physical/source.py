@@ -222,6 +222,9 @@ class PhysicalCut:
                 self._kept[key] = _Kept([(int(offset), int(length)) for offset, length in runs])
             return self._kept[key]
 
+    def confirm(self) -> None:
+        """Nothing to ask: the agent answers reads of the held cut only."""
+
     def release(self) -> None:
         """Let the agent forget what it kept. Idempotent."""
         with self._lock:

@@ -27,6 +27,7 @@ from farshore.providers.vsphere.machine import Machine, SnapshotEntry, epoch_of
 from farshore.providers.vsphere.snapshots import Snapshots, best_effort
 from farshore.replication.ports import DiskState, Extent, FullCopyNeeded
 
+_ASK_EVERY = 5.0  # seconds between two looks for the snapshot in a long copy
 EVENTS = 1000  # the most that one question to the event log answers
 CLOCKS_APART = timedelta(minutes=5)  # a snapshot's time is its host's, that of tasks and events is vCenter's
 
@@ -246,7 +247,7 @@ class VSphereCut:
         self._released = False
         self._release_lock = threading.Lock()
         self._frozen_lock = threading.Lock()
-        self._frozen_until = float("-inf")  # the snapshot was seen to exist at this moment or later
+        self._frozen_until = time.monotonic()  # the snapshot was seen to exist at this moment or later
 
     @property
     def name(self) -> str:
@@ -319,7 +320,8 @@ class VSphereCut:
         )
 
     def read(self, disk_key: str, offset: int, length: int) -> bytes:
-        """Exactly `length` bytes of the frozen disk. SourceReadFailed, also when the snapshot vanished meanwhile."""
+        """Exactly `length` bytes. They are of the frozen disk if `confirm` says so after the last read; every few seconds a
+        read asks by itself, so that a long copy ends early. SourceReadFailed."""
         disk = self._disks[disk_key]
         if offset < 0 or length < 0 or offset + length > disk.state.size:
             raise ValueError(
@@ -329,15 +331,17 @@ class VSphereCut:
             self._folder.read(disk.place.sibling(file), start, size, subject=self._entry.name)
             for file, start, size in descriptor.pieces(disk.extents, offset, length)
         ]
-        self._still_frozen(time.monotonic())
+        if time.monotonic() - self._frozen_until > _ASK_EVERY:
+            self.confirm()
         return found[0] if len(found) == 1 else b"".join(found)
 
-    def _still_frozen(self, read_at: float) -> None:
-        """What was read is of this cut only if the snapshot still exists *after* the read.
+    def confirm(self) -> None:
+        """What was read is of this cut only if the snapshot still exists *after* the last read.
 
         Somebody else may remove it at any time ("delete all snapshots"), and then the same file holds newer bytes.
         Threads that wait here share one question, if it was asked after their read.
         """
+        read_at = time.monotonic()
         with self._frozen_lock:
             if self._frozen_until >= read_at:
                 return

@@ -29,7 +29,7 @@ from datetime import UTC, datetime
 
 from farshore.domain.errors import Code, FarshoreError
 from farshore.domain.points import Consistency, RecoveryPoint
-from farshore.replication.extents import normalise, split, total
+from farshore.replication.extents import bridge, normalise, split, total
 from farshore.replication.journal import lanes, segment, table
 from farshore.replication.journal.audit import Audit, Audited
 from farshore.replication.journal.bandwidth import Bandwidth, Priority
@@ -59,6 +59,7 @@ class Pace:
 
     workers: int = 4  # threads; 0: the calling thread does it all, in an order that never varies
     piece: int = segment.CHUNK  # the most a worker reads at once; a multiple of 64 KiB, at most 1 MiB
+    gap: int = 256 << 10  # bytes that did not change and are read along to save a request
     level: int = 1  # of zstd; 0: no compression
     limit: Bandwidth | None = None  # of bytes stored
     priority: Priority | None = None  # None: by what the cycle is
@@ -241,6 +242,7 @@ class _Run:
         disks = [self._copy_disk(task) for task in tasks]
         self._check()
         self._tell("committing", "")
+        self._cut.confirm()
         head = self._writer.head()
         reasons = [f"{task.opened.state.label or task.key}: {task.full}" for task in tasks if task.full]
         return Manifest(
@@ -289,6 +291,7 @@ class _Run:
                 full = full or needed.reason
                 changed = whole
         visit = normalise([*changed, *opened.forced, *opened.visit], state.size)
+        visit = bridge(visit, self._pace.gap)
         return _Task(opened, visit, full, total(changed))
 
     def _copy_disk(self, task: _Task) -> DiskEntry:

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import logging
 import os
 import tempfile
+import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from hashlib import sha256
@@ -38,6 +40,10 @@ from farshore.replication.journal.segment import HEADER as SEGMENT_HEADER
 from farshore.replication.journal.segment import Place, index_length
 from farshore.replication.journal.table import PAGE, Root, Table, all_zero, leaf_count
 from farshore.replication.ports import LEAF, DiskState, Extent
+
+log = logging.getLogger(__name__)
+
+_UNUSED = 30 * 86400.0  # seconds
 
 if TYPE_CHECKING:
     from farshore.replication.journal.writer import Writer
@@ -147,21 +153,25 @@ class Disks:
         nowhere."""
         folder = self._writer.options.cache
         if folder is not None:
-            folder.mkdir(parents=True, exist_ok=True)
-            path = folder / (
-                sha256(f"{self._writer.log.prefix}{key}|{life}".encode()).hexdigest()[:32] + ".leaves"
-            )
-            if path in self._locks:
-                return _opened(path)
-            lock = os.open(f"{path}.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            name = sha256(f"{self._writer.log.prefix}{key}|{life}".encode()).hexdigest()[:32] + ".leaves"
             try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
-                os.close(lock)
-            else:
-                self._locks[path] = lock
-                return _opened(path)
-        return tempfile.TemporaryFile(prefix="farshore-", suffix=".leaves", dir=folder, buffering=0)
+                folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+                path = folder / name
+                if path in self._locks or self._locked(path):
+                    if not path.exists():
+                        _tidy(folder)
+                    return _opened(path)
+                return _nameless(folder)
+            except OSError as error:  # read-only, full, somebody else's: only time is lost
+                log.warning("leaf tables cannot be kept in %s: %s", folder, error.strerror)
+        return _nameless(None)
+
+    def _locked(self, path: Path) -> bool:
+        """Take a lasting file for as long as this writer lives; False: somebody else has it."""
+        lock = _lock(path)
+        if lock is not None:
+            self._locks[path] = lock
+        return lock is not None
 
     def _table_at(self, head: Manifest, entry: DiskEntry) -> tuple[Table | None, list[Extent] | None]:
         """The table of a disk at the head, with the areas that nobody knows; None: it cannot be had."""
@@ -366,3 +376,34 @@ class Disks:
 
 def _opened(path: Path) -> FileIO:
     return FileIO(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600), "r+")
+
+
+def _nameless(folder: Path | None) -> FileIO:
+    return tempfile.TemporaryFile(prefix="farshore-", suffix=".leaves", dir=folder, buffering=0)
+
+
+def _lock(path: Path) -> int | None:
+    """The descriptor that holds the lock of a lasting file, None when somebody else does."""
+    lock = os.open(f"{path}.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(lock)
+        return None
+    except BaseException:
+        os.close(lock)
+        raise
+    return lock
+
+
+def _tidy(folder: Path) -> None:
+    """Remove tables that nobody has written to for long: of machines that are gone, or have moved to another worker."""
+    for path in folder.glob("*.leaves"):
+        with contextlib.suppress(OSError):
+            if time.time() - path.stat().st_mtime < _UNUSED:
+                continue
+            lock = _lock(path)
+            if lock is not None:
+                # The lock's own file stays: whoever waits for it must not lock a file that has no name any more.
+                path.unlink()
+                os.close(lock)

@@ -29,6 +29,7 @@ from farshore.replication.extents import bridge, normalise, split
 from farshore.replication.journal import compose, lanes, stream, table
 from farshore.replication.journal.compose import Journal, Line, Region
 from farshore.replication.journal.entries import Base, DiskEntry, Manifest, digest, safe_name
+from farshore.replication.journal.gather import Gather, Sink
 from farshore.replication.journal.log import View
 from farshore.replication.journal.stream import Copy, Fetch
 from farshore.replication.ports import LEAF, Extent
@@ -251,13 +252,21 @@ class Mirror:
 
     def _regions(self, line: Line, image: str, leaves: str, numbers: list[int], *, fresh: bool) -> None:
         regions = compose.regions(self._journal, line, base_table(self._backend, line), only=numbers)
+
+        def write(offset: int, data: bytes | memoryview) -> None:
+            if self._take is not None:
+                self._take(len(data))
+            self._backend.write(image, offset, data, self._epoch)
+
+        gather = Gather(write)
         lanes.run(
             self._tasks(line.key, leaves, regions, line, fresh=fresh),
-            lambda task: self._do(task, image, line),
+            lambda task: self._do(task, image, line, gather),
             workers=self._workers,
             look=self._look,
             name="redo",
         )
+        gather.finish(workers=self._workers, look=self._look)
 
     def _line(self, view: View, head: Manifest, key: str, header: Header | None) -> Line:
         if header is not None and header.applied:
@@ -298,12 +307,7 @@ class Mirror:
             if line.base is not None:
                 yield from stream.copies(region)
 
-    def _do(self, task: Fetch | Copy | Extent, image: str, line: Line) -> None:
-        def write(offset: int, data: bytes | memoryview) -> None:
-            if self._take is not None:
-                self._take(len(data))
-            self._backend.write(image, offset, data, self._epoch)
-
+    def _do(self, task: Fetch | Copy | Extent, image: str, line: Line, write: Sink) -> None:
         if isinstance(task, Extent):
             self._backend.clear(image, task.start, task.length, self._epoch)
         elif isinstance(task, Fetch):

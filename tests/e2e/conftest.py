@@ -13,7 +13,12 @@ from farshore.contract.client import FarshoreClient
 from farshore.lab.stack import Stack, free_port
 
 MIB = 1 << 20
-_WORK = {"records_per_second": 25, "churn_bytes_per_second": 128 << 10, "area_size": 1 << 20}
+_WORK = {
+    "records_per_second": 25,
+    "churn_bytes_per_second": 128 << 10,
+    "area_size": 1 << 20,
+    "hot_size": 1 << 20,
+}
 
 
 def machine(name: str, *sizes: int, **fields: Any) -> dict[str, Any]:

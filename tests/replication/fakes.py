@@ -274,6 +274,9 @@ class ModelCut:
         assert not self.released, "a read after the release"
         return self.frozen[disk_key][offset : offset + length]
 
+    def confirm(self) -> None:
+        assert not self.released, "a confirmation after the release"
+
     def release(self) -> None:
         self._source.burn()
         self._source.events.append("release")

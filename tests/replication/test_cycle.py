@@ -147,6 +147,36 @@ def test_a_delta_reads_and_ships_only_what_changed() -> None:
     assert (fourth.bytes_read, fourth.manifest.parent) == (0, third.point.digest)
 
 
+def test_neighbouring_changes_are_one_read_and_what_lies_between_is_not_shipped() -> None:
+    world = Recorded()
+    writer = world.store.acquire("vm", "me")
+    for leaf in range(7):
+        world.source.write("2000", leaf, pattern(leaf + 1))
+    run_cycle(world.source, writer, machine="vm", want=CRASH, pace=PACE)
+    world.source.write("2000", 0, pattern(21))
+    world.source.write("2000", 2, pattern(22))
+    result = run_cycle(world.source, writer, machine="vm", want=CRASH, pace=PACE)
+    assert (result.bytes_changed, result.bytes_read, result.bytes_shipped) == (2 * LEAF, 3 * LEAF, 2 * LEAF)
+    proved(world, result.point.id)
+
+
+def test_what_the_source_does_not_confirm_makes_no_point(monkeypatch) -> None:
+    world = Recorded()
+    writer = world.store.acquire("vm", "me")
+    first = run_cycle(world.source, writer, machine="vm", want=CRASH, pace=PACE)
+    world.source.write("2000", 3, pattern(2))
+
+    def gone(self: object) -> None:
+        raise FarshoreError(Code.SOURCE_READ_FAILED, "the snapshot vanished")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ModelCut, "confirm", gone)
+        with pytest.raises(FarshoreError, match="vanished"):
+            run_cycle(world.source, writer, machine="vm", want=CRASH, pace=PACE)
+    assert [point.id for point in writer.points()] == [first.point.id]
+    proved(world, run_cycle(world.source, writer, machine="vm", want=CRASH, pace=PACE).point.id)
+
+
 def test_a_full_comparison_ships_only_what_differs_and_older_points_stay() -> None:
     world = Recorded()
     writer = world.store.acquire("vm", "me")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import random
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -11,7 +13,7 @@ import pytest
 
 from farshore.domain.errors import Code, FarshoreError
 from farshore.domain.points import Consistency
-from farshore.replication.journal import compose, damage, mirror, table
+from farshore.replication.journal import compose, damage, disks, mirror, table
 from farshore.replication.journal.bandwidth import Bandwidth, Priority
 from farshore.replication.journal.cycle import CycleResult, Pace, Stopped, run_cycle
 from farshore.replication.journal.damage import Part
@@ -567,6 +569,27 @@ def test_a_leaf_table_is_kept_between_owners_and_never_believed_unproved(tmp_pat
     for one in (writer, other):
         one.close()
     assert len(list(tmp_path.glob("*.leaves"))) == 1
+
+
+def test_tables_that_nobody_uses_go_and_a_folder_that_cannot_be_used_costs_only_time(tmp_path: Path) -> None:
+    for name, age in (("old.leaves", 40), ("used.leaves", 40), ("young.leaves", 20)):
+        (tmp_path / name).write_bytes(b"x")
+        then = time.time() - age * 86400
+        os.utime(tmp_path / name, (then, then))
+    held = disks._lock(tmp_path / "used.leaves")
+    assert held is not None
+    world = World(cache=tmp_path)
+    writer = world.open()
+    world.cycle(writer)
+    writer.close()
+    os.close(held)
+    left = {path.name for path in tmp_path.glob("*.leaves")}
+    assert "old.leaves" not in left and {"used.leaves", "young.leaves"} < left
+    (tmp_path / "file").write_bytes(b"")
+    world = World(cache=tmp_path / "file" / "below")
+    writer = world.open()
+    assert world.is_true(world.cycle(writer).point.id)
+    writer.close()
 
 
 def counted(world: World, method: str) -> list[str]:

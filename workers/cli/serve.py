@@ -58,6 +58,9 @@ def worker(
 
 async def _work(settings: Settings, control: bool, sites: list[str], ready_file: Path | None) -> int:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s")
+    logging.getLogger("azure").setLevel(
+        logging.WARNING
+    )  # at INFO its SDK tells every request, headers and all
     client = await connect_with(settings)
     if control:
         await ensure_search_attributes(client)

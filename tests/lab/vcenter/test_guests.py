@@ -109,6 +109,30 @@ def test_rates_change_live_and_churn_writes_behind_the_ledger(control: Any, vm: 
     assert control.verify_ledger("db")["intact"]
 
 
+def test_most_churn_stays_in_the_hot_part(control: Any) -> None:
+    control.create_vm(
+        "hot", [64 * MIB], workload={"records_per_second": 0, "area_size": MIB, "hot_size": 2 * MIB}
+    )
+
+    def parts() -> list[bytes]:
+        return [control.guest_read("hot", 0, at, 4 * MIB) for at in range(0, 64 * MIB, 4 * MIB)]
+
+    control.pause_guests()
+    before = parts()
+    control.set_workload("hot", churn_bytes_per_second=MIB)
+    control.resume_guests()
+    eventually(lambda: parts()[0] != before[0], "churn in the hot part")
+    time.sleep(0.5)  # some 128 more pieces, of which a 64th goes elsewhere
+    control.pause_guests()
+    after = parts()
+    pieces = [
+        [at for at in range(0, len(new), 4096) if new[at : at + 4096] != old[at : at + 4096]]
+        for old, new in zip(before, after, strict=True)
+    ]
+    assert len(pieces[0]) > 4 * sum(len(one) for one in pieces[1:])
+    control.resume_guests()
+
+
 def test_a_workload_that_does_not_fit_its_disks_is_refused(control: Any) -> None:
     control.create_vm("tiny", [MIB])
     with pytest.raises(RuntimeError, match="the ledger needs"):

@@ -342,7 +342,7 @@ def test_a_lost_write_to_a_replica_costs_the_epoch_so_that_it_is_refused_when_it
 ) -> None:
     writer = store.acquire(guest.machine, "me")
     point = cycle(guest, writer).point
-    lab.faults.add("reset-before", op="PutPage", blob=f"*/{guest.machine}/d/2000*.vhd", skip=2, count=1)
+    lab.faults.add("reset-before", op="PutPage", blob=f"*/{guest.machine}/d/2000*.vhd", skip=1, count=1)
     with pytest.raises(FarshoreError) as caught:
         writer.advance()
     assert caught.value.code is Code.TARGET_UNREACHABLE
@@ -365,7 +365,7 @@ def test_a_lost_write_to_a_replica_costs_the_epoch_so_that_it_is_refused_when_it
 def test_a_leg_takes_a_new_epoch_after_a_lost_write_and_loses_no_point(
     store: AzureReplicaStore, lab: Lab, guest: Guest
 ) -> None:
-    lab.faults.add("reset-before", op="PutPage", blob=f"*/{guest.machine}/d/2000*.vhd", skip=2, count=1)
+    lab.faults.add("reset-before", op="PutPage", blob=f"*/{guest.machine}/d/2000*.vhd", skip=1, count=1)
     bases: list[int] = []
 
     def enough() -> bool:

@@ -17,7 +17,7 @@ import pytest
 from farshore.domain.errors import Code, FarshoreError
 from farshore.domain.points import Consistency
 from farshore.lab.vcenter import DEFAULT_PASSWORD, DEFAULT_USER, VCenterControl
-from farshore.providers.vsphere import VSphereSettings, VSphereSite
+from farshore.providers.vsphere import VSphereSettings, VSphereSite, source
 from farshore.providers.vsphere.snapshots import Snapshots
 from farshore.providers.vsphere.transport import PinnedConnection
 
@@ -204,8 +204,8 @@ async def test_an_extent_that_stays_locked_fails_the_read_and_can_be_retried(con
     await asyncio.to_thread(run)
 
 
-async def test_bytes_read_after_somebody_removed_the_snapshot_are_not_handed_out(
-    control, machine, replica_of
+async def test_bytes_read_after_somebody_removed_the_snapshot_are_not_confirmed(
+    control, machine, replica_of, monkeypatch
 ):
     vm = machine(power="poweredOff")  # its extent stays readable, so that only the check can notice
     replica = await replica_of(vm)
@@ -213,10 +213,15 @@ async def test_bytes_read_after_somebody_removed_the_snapshot_are_not_handed_out
     def run():
         cut = replica.cut()
         assert cut.read("2000", 0, 512) == bytes(512)
+        cut.confirm()
         control.remove_snapshot(vm, cut.name)
         control.power_on(vm)
         control.guest_write(vm, 0, 0, b"newer than the cut")
         control.power_off(vm)
+        assert cut.read("2000", 0, 512).startswith(b"newer"), "the lie that confirm is there for"
+        with failing(Code.SOURCE_READ_FAILED, "vanished"):
+            cut.confirm()
+        monkeypatch.setattr(source, "_ASK_EVERY", 0.0)  # a long copy notices on its way
         with failing(Code.SOURCE_READ_FAILED, "vanished"):
             cut.read("2000", 0, 512)
         cut.release()
