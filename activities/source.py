@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from typing import Any
 
@@ -25,13 +25,24 @@ from farshore.replication.loop import LegPlan, LegResult, run_leg
 from farshore.replication.ports import Progress
 
 
+@dataclass(frozen=True, slots=True)
+class Upkeep:
+    """How often a leg does what no single point needs. Seconds; see `LegPlan`."""
+
+    redo_every_s: float = 10.0
+    base_every_s: float = 900.0
+    scrub_every_s: float | None = 7 * 86400.0
+    audit_every_s: float | None = 30 * 86400.0
+
+
 class SourceActivities:
     """Bound to the sites of one worker."""
 
-    def __init__(self, sites: Sites, *, limit: Bandwidth | None = None) -> None:
+    def __init__(self, sites: Sites, *, limit: Bandwidth | None = None, upkeep: Upkeep | None = None) -> None:
         """`limit` is shared by all legs of this worker: bytes that leave for the target."""
         self._sites = sites
         self._limit = limit
+        self._upkeep = upkeep or Upkeep()
 
     @activity.defn(name=s.INSPECT_SOURCE.name)
     async def inspect_source(self, call: m.SourceCall) -> m.InspectReport:
@@ -132,7 +143,7 @@ class SourceActivities:
 
     async def _leg(self, spec: MachineSpec, plan: LegPlan) -> LegResult:
         metrics = LegMetrics(spec.machine, spec.plan)
-        plan = replace(plan, pace=replace(plan.pace, limit=self._limit))
+        plan = replace(plan, pace=replace(plan.pace, limit=self._limit), **asdict(self._upkeep))
         async with beating() as beat:
 
             def tell(progress: Progress) -> None:

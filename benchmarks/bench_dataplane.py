@@ -20,9 +20,10 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
+from types import MappingProxyType
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -41,6 +42,8 @@ class RawCut:
 
     consistency = Consistency.CRASH
     powered_off = True
+    whole = True
+    left_out: Mapping[str, str] = MappingProxyType({})
 
     def __init__(self, source: RawSource, name: str) -> None:
         self.name = name

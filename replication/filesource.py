@@ -62,6 +62,14 @@ class FileCut:
     def disks(self) -> Sequence[DiskState]:
         return self._disks
 
+    @property
+    def whole(self) -> bool:
+        return True
+
+    @property
+    def left_out(self) -> Mapping[str, str]:
+        return {}
+
     def changed(self, disk_key: str, since: DiskState | None) -> Iterator[Extent]:
         state = next(disk for disk in self._disks if disk.key == disk_key)
         now = self._table(disk_key, state.tracker)

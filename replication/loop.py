@@ -18,7 +18,7 @@ from __future__ import annotations
 import time
 import uuid
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 
 from farshore.domain.errors import Code, FarshoreError
@@ -60,6 +60,9 @@ class LegPlan:
     base_every_s: float = 900.0  # between two bases: bounds how much journal a restore replays
     sweep_every_s: float = 300.0
     scrub_every_s: float | None = 7 * 86400.0  # a whole round in this time; None: no scrub
+    audit_every_s: float | None = (
+        None  # all of the source is read once in this time, whatever it reports; None: never
+    )
     tags: Mapping[str, str] = field(default_factory=dict[str, str])
     asked_at: datetime | None = (
         None  # when this attempt was scheduled: openings by others after that fence it
@@ -105,7 +108,7 @@ def run_leg(
 
     `should_stop` is looked at several times a second, also in the middle of a copy; `progress` may raise to end the leg.
     """
-    return _Leg(
+    return Leg(
         source,
         store,
         plan,
@@ -117,7 +120,9 @@ def run_leg(
     ).run()
 
 
-class _Leg:
+class Leg:
+    """The cycles of one machine. `run` is all of a leg; a group calls the parts, one thread at a time."""
+
     def __init__(
         self,
         source: Source,
@@ -176,12 +181,12 @@ class _Leg:
                 if began >= end:
                     break
                 try:
-                    self._cycle()
+                    self.cycle()
                 except Stopped:
                     because = "asked"
                     break
                 except FarshoreError as error:
-                    self._leave()
+                    self.leave()
                     if not error.retryable:
                         raise
                     failures += 1
@@ -191,7 +196,7 @@ class _Leg:
                     if error.retry_after is not None:
                         pause = max(pause, error.retry_after)
                     pause = min(pause, max(0.0, end - self._monotonic()))
-                    self._tell(f"waiting {pause:.0f} s after: {error.info.message}")
+                    self.tell(f"waiting {pause:.0f} s after: {error.info.message}")
                     if not self._pause(self._monotonic() + pause):
                         because = "asked"
                         break
@@ -200,16 +205,16 @@ class _Leg:
                 self._last_error = ""
                 if self._plan.stop_after_first:
                     because = "first point"
-                    self._settle()
+                    self.settle()
                     break
                 # A cycle that took longer than the interval is followed by the next at once.
                 due = began + self._plan.interval_s
-                self._tell("waiting for the next cycle")
-                if not self._idle(min(due, end)) or not self._pause(min(due, end)):
+                self.tell("waiting for the next cycle")
+                if not self.idle(min(due, end)) or not self._pause(min(due, end)):
                     because = "asked"
                     break
         finally:
-            self._leave()
+            self.leave()
         taken = self._newest.taken_at if self._newest is not None else None
         hurt, sound = self._damage()
         return LegResult(
@@ -232,14 +237,14 @@ class _Leg:
             worst_rpo_s=self._worst_rpo,
         )
 
-    def _enter(self) -> Writer:
+    def enter(self) -> Writer:
         """Open the epoch, once a leg and again after each error."""
         if self._writer is not None and self._writer.adrift and self._monotonic() >= self._drifting_until:
-            self._leave()
+            self.leave()
             self._drifting_until = self._monotonic() + _DRIFT
         if self._writer is not None:
             return self._writer
-        self._tell("opening the replica")
+        self.tell("opening the replica")
         writer = self._store.acquire(
             self._plan.machine, self._token, succeeding=self._epoch, asked_at=self._plan.asked_at
         )
@@ -254,11 +259,11 @@ class _Leg:
         if self._app_tried_at is None:
             consistent = [point.taken_at for point in points if point.consistency is not Consistency.CRASH]
             self._app_tried_at = max(consistent) if consistent else None
-        self._tell("clearing what a predecessor left at the source")
+        self.tell("clearing what a predecessor left at the source")
         self._source.reap(f"farshore-{self._plan.machine}-{writer.epoch}-0")
         return writer
 
-    def _leave(self) -> None:
+    def leave(self) -> None:
         if self._behind is not None:
             self._behind.close()
             self._behind = None
@@ -266,8 +271,8 @@ class _Leg:
             self._writer.close()
             self._writer = None
 
-    def _cycle(self) -> None:
-        writer = self._enter()
+    def cycle(self) -> None:
+        writer = self.enter()
         before = self._newest
         self._cycles += 1
         began = self._monotonic()
@@ -283,8 +288,8 @@ class _Leg:
             exposed = (result.manifest.committed_at - before.taken_at).total_seconds()
             self._worst_rpo = max(self._worst_rpo, exposed)
         if result.release_error:
-            self._tell(f"the source kept a snapshot that will be removed later: {result.release_error}")
-        self._tell("point committed")
+            self.tell(f"the source kept a snapshot that will be removed later: {result.release_error}")
+        self.tell("point committed")
         self._retain(writer, result.point, self._monotonic() - began)
         if result.point.consistency is Consistency.APPLICATION or result.point.final:
             self._base_wanted = True
@@ -307,7 +312,7 @@ class _Leg:
             if want is not Consistency.APPLICATION or error.code is not Code.SNAPSHOT_FAILED:
                 raise
             # A guest that cannot be quiesced must not cost the crash-consistent point.
-            self._tell(f"no app-consistent point: {error.info.message}")
+            self.tell(f"no app-consistent point: {error.info.message}")
             return self._run_cycle(writer, self._plan.want)
 
     def _run_cycle(self, writer: Writer, want: Consistency) -> CycleResult:
@@ -321,9 +326,15 @@ class _Leg:
             tags=self._plan.tags,
             progress=self._forward,
             should_stop=self._should_stop,
-            pace=self._plan.pace,
+            pace=self._pace(),
             clock=self._clock,
         )
+
+    def _pace(self) -> Pace:
+        plan = self._plan
+        if plan.audit_every_s is None or plan.final:
+            return plan.pace
+        return replace(plan.pace, audit_share=min(1.0, plan.interval_s / plan.audit_every_s))
 
     def _retain(self, writer: Writer, newest: RecoveryPoint, took: float) -> None:
         """Prune, `took` seconds after the cycle of `newest` began. A failure costs nothing but space: the next cycle
@@ -331,7 +342,7 @@ class _Leg:
         now = self._clock()
         ahead = (now - newest.taken_at).total_seconds() - took
         if ahead > _CLOCK_DOUBT:
-            self._tell(f"old points stay for now: the clock is {ahead:.0f} s ahead of the newest point")
+            self.tell(f"old points stay for now: the clock is {ahead:.0f} s ahead of the newest point")
             return
         try:
             points = writer.points()
@@ -341,7 +352,7 @@ class _Leg:
         except FarshoreError as error:
             if error.code is Code.REPLICA_FENCED or not error.retryable:
                 raise
-            self._tell(f"old points stay for now: {error.info.message}")
+            self.tell(f"old points stay for now: {error.info.message}")
 
     def _follow(self, writer: Writer) -> None:
         """Take up what the thread behind has finished, and give it the next work."""
@@ -361,7 +372,7 @@ class _Leg:
                 raise
             # What is damaged has been noted, the next cycle ships it again; what may pass is tried again, in an epoch of
             # its own.
-            self._tell(f"the replica stays behind for now: {error.info.message}")
+            self.tell(f"the replica stays behind for now: {error.info.message}")
             self._base_wanted |= self._freezing
         now = self._monotonic()
         freeze = self._base_wanted or self._base_at is None or now - self._base_at >= self._plan.base_every_s
@@ -374,12 +385,12 @@ class _Leg:
         self._freezing = freeze
         behind.begin(freeze=freeze)
 
-    def _settle(self) -> None:
+    def settle(self) -> None:
         """A leg that ends with its first point leaves the replica at it, with a base: promotion is next."""
         behind, writer = self._behind, self._writer
         if behind is None or writer is None or not self._plan.final:
             return
-        self._tell("bringing the replica to the last point")
+        self.tell("bringing the replica to the last point")
         behind.wait()
         self._base_wanted = True
         self._follow(writer)
@@ -387,7 +398,7 @@ class _Leg:
         self._base_wanted = False
         self._follow(writer)
 
-    def _idle(self, until: float) -> bool:
+    def idle(self, until: float) -> bool:
         """Sweep and scrub while there is time. False when asked to stop."""
         writer, now = self._writer, self._monotonic()
         if writer is None:
@@ -400,13 +411,13 @@ class _Leg:
                 done = writer.scrub(budget=_SCRUB_PART, look=self._look, take=self._take_scrub)
                 self._scrub_done = done.complete
                 for finding in done.findings:
-                    self._tell(f"scrub found damage: {finding.text}")
+                    self.tell(f"scrub found damage: {finding.text}")
         except Stopped:
             return False
         except FarshoreError as error:
             if error.code is Code.REPLICA_FENCED or not error.retryable:
                 raise
-            self._tell(f"sweeping and scrubbing wait: {error.info.message}")
+            self.tell(f"sweeping and scrubbing wait: {error.info.message}")
         return True
 
     def _scrub_is_due(self, writer: Writer) -> bool:
@@ -447,7 +458,7 @@ class _Leg:
                 return True
             self._sleep(min(left, _POLL))
 
-    def _tell(self, stage: str) -> None:
+    def tell(self, stage: str) -> None:
         self._forward(Progress(stage, "", 0, 0, self._writer.cycle if self._writer is not None else 0))
 
     def _forward(self, progress: Progress) -> None:

@@ -6,11 +6,12 @@ by Temporal. Sizes and offsets are bytes; times are aware UTC. All failures are 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import TYPE_CHECKING, Protocol
 
+from farshore.domain.errors import Code, FarshoreError
 from farshore.domain.points import Consistency, RecoveryPoint
 
 if TYPE_CHECKING:
@@ -66,6 +67,18 @@ class SourceCut(Protocol):
     @property
     def disks(self) -> Sequence[DiskState]: ...
 
+    @property
+    def whole(self) -> bool:
+        """Whether every byte of the disks can be read, and not only what `changed` told. If not, nothing is read along with
+        changes, and the source is not audited."""
+        ...
+
+    @property
+    def left_out(self) -> Mapping[str, str]:
+        """Disks that the machine has and this cut does not, by key, with the reason. A disk that was part of the newest
+        point must not be left out of the next one in silence."""
+        ...
+
     def changed(self, disk_key: str, since: DiskState | None) -> Iterator[Extent]:
         """Extents changed since the committed state `since`, ordered, clamped to the disk, a superset of the truth.
 
@@ -108,6 +121,28 @@ class Source(Protocol):
         ...
 
     def close(self) -> None: ...
+
+
+class NoCommonInstant(FarshoreError):
+    """A machine that is cut by itself only was asked for its part of an instant of several machines.
+
+    It is an error and not a weaker point: members that are cut one after the other may contradict each other."""
+
+    def __init__(self, reasons: Mapping[str, str]) -> None:
+        """`reasons`: why, by machine."""
+        self.reasons = dict(reasons)
+        super().__init__(
+            Code.SOURCE_NOT_ELIGIBLE,
+            "No points of one instant with "
+            + "; ".join(f"{machine}: {why}" for machine, why in self.reasons.items())
+            + ".",
+            subject=", ".join(self.reasons),
+            causes=("The source of the machine cannot stop its writes while other machines are cut.",),
+            action="Take the machine out of the group (it keeps points of its own), or protect it by a source that can "
+            "hold it.",
+            retryable=False,
+            details={"machines": sorted(self.reasons)},
+        )
 
 
 class PointBytes(Protocol):

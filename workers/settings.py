@@ -79,6 +79,19 @@ class WorkerTuning(_Part):
         description="folder for leaf tables (256 KiB per GiB of disk) and nothing that is needed; none: farshore in the "
         "user's cache folder",
     )
+    base_every: float = Field(
+        default=900.0,
+        gt=0,
+        description="between two frozen states of a replica: bounds what a restore replays",
+    )
+    scrub_days: float = Field(
+        default=7.0, ge=0, description="all that is stored is read and verified once in this time; 0: never"
+    )
+    audit_days: float = Field(
+        default=30.0,
+        ge=0,
+        description="all of a source disk is read once in this time, whatever its change tracking reports; 0: never",
+    )
     heartbeat_throttle: float = Field(default=3.0, gt=0, description="longest delay of a heartbeat")
     graceful_shutdown: float = Field(default=10.0, ge=0)
     metrics: str | None = Field(default=None, description="host:port for Prometheus; none: no metrics")

@@ -21,7 +21,7 @@ from temporalio.worker import Worker, WorkerDeploymentConfig
 from temporalio.worker.workflow_sandbox import SandboxedWorkflowRunner, SandboxRestrictions
 
 from farshore.activities.control import ControlActivities
-from farshore.activities.source import SourceActivities
+from farshore.activities.source import SourceActivities, Upkeep
 from farshore.activities.support import ErrorInterceptor
 from farshore.activities.target import TargetActivities
 from farshore.contract import names
@@ -127,7 +127,7 @@ def site_workers(client: Client, settings: Settings, site: str, sites: Configure
     queue = settings.queue(site, wanted="worker")
     match settings.sites[site]:
         case VSphereSite() | PhysicalSite():
-            source = SourceActivities(sites, limit=_bandwidth(tuning))
+            source = SourceActivities(sites, limit=_bandwidth(tuning), upkeep=_upkeep(tuning))
             steps = [a for a in _activities(source) if a != source.replicate_leg]
             work = [
                 (queue, steps, tuning.activities),
@@ -148,6 +148,14 @@ def site_workers(client: Client, settings: Settings, site: str, sites: Configure
         )
         for name, activities, slots in work
     ]
+
+
+def _upkeep(tuning: WorkerTuning) -> Upkeep:
+    return Upkeep(
+        base_every_s=tuning.base_every,
+        scrub_every_s=tuning.scrub_days * 86400.0 or None,
+        audit_every_s=tuning.audit_days * 86400.0 or None,
+    )
 
 
 def _bandwidth(tuning: WorkerTuning) -> Bandwidth | None:

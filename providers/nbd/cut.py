@@ -95,6 +95,14 @@ class QemuCut:
     def disks(self) -> Sequence[DiskState]:
         return [piece.state for piece in self._pieces.values()]
 
+    @property
+    def whole(self) -> bool:
+        return True
+
+    @property
+    def left_out(self) -> Mapping[str, str]:
+        return {}
+
     def export(self) -> None:
         """Make the fleeces readable, and watch the room they need."""
         with self._monitor() as monitor:

@@ -162,6 +162,15 @@ class PhysicalCut:
     def disks(self) -> Sequence[DiskState]:
         return list(self._disks.values())
 
+    @property
+    def whole(self) -> bool:
+        """The agent keeps what changed; other blocks are read from the running disk, as long as nobody has written them."""
+        return False
+
+    @property
+    def left_out(self) -> Mapping[str, str]:
+        return {}
+
     def changed(self, disk_key: str, since: DiskState | None) -> Iterator[Extent]:
         """See `SourceCut.changed`. None: the whole disk; zeros cost no bytes on the way."""
         now = self._disks[disk_key]

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import Any
@@ -89,7 +89,7 @@ class VSphereSource:
         try:
             off = self._still_off(machine)
             taken = self._taken_at(node, asked)
-            disks = self._freeze(machine, node)
+            disks, left_out = self._freeze(machine, node)
         except BaseException:  # also a cancel: the snapshot must not stay
             best_effort(lambda: snapshots.remove(node.reference, name), f"removal of snapshot {name}")
             raise
@@ -103,6 +103,7 @@ class VSphereSource:
             consistency=_achieved(node, machine),
             powered_off=off,
             disks=disks,
+            left_out=left_out,
         )
 
     def reap(self, upto: str = "") -> list[str]:
@@ -154,16 +155,19 @@ class VSphereSource:
         )
         return now.power is Power.OFF and now.connected
 
-    def _freeze(self, machine: Machine, node: SnapshotEntry) -> dict[str, _Disk]:
+    def _freeze(self, machine: Machine, node: SnapshotEntry) -> tuple[dict[str, _Disk], dict[str, str]]:
+        """The frozen disks, and why others are left out."""
         values = self._client.read(
             node.reference, ("config.hardware",), doing="reading the frozen disks", subject=machine.name
         )
         devices = list(values["config.hardware"].device)
         types = self._datastore_types(machine)
         found: dict[str, _Disk] = {}
+        left_out: dict[str, str] = {}
         for device in machines.disks_of(devices):
             verdict = readiness.judge(device, types)
             if verdict.skipped:
+                left_out[str(device.key)] = verdict.reason
                 continue
             where = f"{machines.label(device)} ({device.backing.fileName}) of {machine.name}"
             reason = verdict.reason
@@ -203,7 +207,7 @@ class VSphereSource:
                 f"{machine.name} has no disk that snapshots include.",
                 subject=machine.name,
             )
-        return found
+        return found, left_out
 
     def _extents(self, entry: Entry, device: Any) -> tuple[descriptor.FlatExtent, ...]:
         key = (str(device.backing.fileName), str(device.backing.uuid or ""), machines.capacity(device))
@@ -237,6 +241,7 @@ class VSphereCut:
         consistency: Consistency,
         powered_off: bool,
         disks: dict[str, _Disk],
+        left_out: dict[str, str],
     ) -> None:
         self._client, self._folder, self._snapshots = client, folder, snapshots
         self._entry, self._node = entry, node
@@ -244,6 +249,7 @@ class VSphereCut:
         self._taken_at, self._consistency = taken_at, consistency
         self._powered_off = powered_off
         self._disks = disks
+        self._left_out = left_out
         self._released = False
         self._release_lock = threading.Lock()
         self._frozen_lock = threading.Lock()
@@ -269,6 +275,14 @@ class VSphereCut:
     @property
     def disks(self) -> Sequence[DiskState]:
         return [disk.state for disk in self._disks.values()]
+
+    @property
+    def whole(self) -> bool:
+        return True
+
+    @property
+    def left_out(self) -> Mapping[str, str]:
+        return self._left_out
 
     def changed(self, disk_key: str, since: DiskState | None) -> Iterator[Extent]:
         """All answers are read and checked before the first extent is handed out. See `SourceCut.changed`."""

@@ -21,6 +21,7 @@ segment each. Without workers the calling thread does it, one piece after the ot
 
 from __future__ import annotations
 
+import math
 import threading
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -64,6 +65,7 @@ class Pace:
     limit: Bandwidth | None = None  # of bytes stored
     priority: Priority | None = None  # None: by what the cycle is
     audit: int = 0  # bytes a disk and cycle that are read although the source says they did not change
+    audit_share: float = 0.0  # the same as a part of the disk; the larger of both counts
     poll: float = 0.25  # seconds between two looks at `should_stop`
 
 
@@ -130,6 +132,7 @@ def run_cycle(
     *,
     machine: str,
     want: Consistency,
+    cut: SourceCut | None = None,
     final: bool = False,
     resync: bool = False,
     tags: Mapping[str, str] | None = None,
@@ -140,6 +143,7 @@ def run_cycle(
 ) -> CycleResult:
     """Make one recovery point of all disks of `machine`.
 
+    With `cut` (of this cycle's name, e.g. one of a group's) none is made; it is released as any other, also after errors.
     `resync` compares the whole source with what the store says. Raises Stopped when `should_stop` said so, ReplicaFenced
     when a newer owner exists, whatever the source raises, and what `progress` raises. A `final` point needs a machine that
     was off at the cut, else FenceNotProven: what a running machine writes afterwards would be missing from what is called
@@ -147,12 +151,17 @@ def run_cycle(
     failed.
     """
     cycle = writer.cycle
+    name = cut_name(machine, writer)
     sink = progress or _silent
-    sink(Progress("cutting", "", 0, 0, cycle))
-    cut = source.cut(f"farshore-{machine}-{writer.epoch}-{cycle}", want=want)
+    ready = cut is not None
+    if cut is None:
+        sink(Progress("cutting", "", 0, 0, cycle))
+        cut = source.cut(name, want=want)
     release_error = ""
     try:
         try:
+            if ready and cut.name != name:
+                raise FarshoreError(Code.INTERNAL, f"{cut.name} is not the cut of {name}.", subject=machine)
             if final and not cut.powered_off:
                 raise FarshoreError(
                     Code.FENCE_NOT_PROVEN,
@@ -160,6 +169,7 @@ def run_cycle(
                     subject=machine,
                     retryable=False,
                 )
+            _refuse_lost_disks(machine, cut, writer.head())
             run = _Run(writer, cut, cycle=cycle, sink=sink, should_stop=should_stop, pace=pace or Pace())
             manifest = run.copy(machine, final, resync, dict(tags or {}), clock)
             point = writer.commit(manifest)
@@ -187,6 +197,25 @@ def run_cycle(
         audited=tuple(run.audited),
         release_error=release_error,
     )
+
+
+def cut_name(machine: str, writer: Writer) -> str:
+    """What the cut of the writer's next cycle is called."""
+    return f"farshore-{machine}-{writer.epoch}-{writer.cycle}"
+
+
+def _refuse_lost_disks(machine: str, cut: SourceCut, head: Manifest | None) -> None:
+    """A disk that is still there, but can be cut no more, ends protection in words; one that was taken away is no loss."""
+    for disk in head.disks if head is not None else ():
+        reason = cut.left_out.get(disk.state.key)
+        if reason is not None:
+            raise FarshoreError(
+                Code.SOURCE_NOT_ELIGIBLE,
+                f"{disk.state.label or disk.state.key} of {machine} was replicated so far and cannot be any more: {reason}.",
+                subject=machine,
+                action="Make the disk eligible again, or disable replication of the machine and protect it anew without it.",
+                retryable=False,
+            )
 
 
 def _silent(_: Progress) -> None:
@@ -291,13 +320,15 @@ class _Run:
                 full = full or needed.reason
                 changed = whole
         visit = normalise([*changed, *opened.forced, *opened.visit], state.size)
-        visit = bridge(visit, self._pace.gap)
+        if self._cut.whole:
+            visit = bridge(visit, self._pace.gap)
         return _Task(opened, visit, full, total(changed))
 
     def _copy_disk(self, task: _Task) -> DiskEntry:
         packer = self._packer(task)
-        if self._pace.audit and not task.full and task.opened.base is not None:
-            self._audit(task)
+        audit = max(self._pace.audit, math.ceil(task.opened.state.size * self._pace.audit_share))
+        if audit and self._cut.whole and not task.full and task.opened.base is not None:
+            self._audit(task, audit)
         pieces = split(task.visit, self._pace.piece)
         forced = _Forced(task.opened.forced)
         workers = self._pace.workers if total(task.visit) > _SMALL else 0
@@ -356,10 +387,10 @@ class _Run:
             raise AssertionError(f"the source returned {len(data)} bytes instead of {piece.length}")
         return data
 
-    def _audit(self, task: _Task) -> None:
+    def _audit(self, task: _Task, amount: int) -> None:
         """Look at leaves that the source reports as unchanged. A difference makes the whole disk be compared."""
         opened, size = task.opened, task.opened.state.size
-        audited, extents = self.audits.next(opened.state, opened.life, task.visit, self._pace.audit)
+        audited, extents = self.audits.next(opened.state, opened.life, task.visit, amount)
         self._tell("auditing the source", opened.state.label)
         leaf_key = self._writer.journal.keys.leaf
 

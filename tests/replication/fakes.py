@@ -252,6 +252,14 @@ class ModelCut:
             for key, disk in source.machine.items()
         ]
 
+    @property
+    def whole(self) -> bool:
+        return self._source.whole
+
+    @property
+    def left_out(self) -> dict[str, str]:
+        return dict(self._source.left_out)
+
     def changed(self, disk_key: str, since: DiskState | None) -> Iterator[Extent]:
         self._source.burn()
         state = next(disk for disk in self.disks if disk.key == disk_key)
@@ -297,6 +305,8 @@ class ModelSource:
         self.lock = threading.Lock()
         self.fail_cuts: list[FarshoreError] = []
         self.powered_off = True
+        self.left_out: dict[str, str] = {}
+        self.whole = True
 
     def burn(self) -> None:
         if self.fuse.burn():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from dataclasses import replace
 from datetime import datetime, timedelta
 from pathlib import Path
 
@@ -158,6 +159,28 @@ def test_neighbouring_changes_are_one_read_and_what_lies_between_is_not_shipped(
     result = run_cycle(world.source, writer, machine="vm", want=CRASH, pace=PACE)
     assert (result.bytes_changed, result.bytes_read, result.bytes_shipped) == (2 * LEAF, 3 * LEAF, 2 * LEAF)
     proved(world, result.point.id)
+    world.source.whole = False  # of what did not change nobody kept the bytes of this instant
+    for leaf in (0, 2):
+        world.source.write("2000", leaf, pattern(30 + leaf))
+    result = run_cycle(
+        world.source, writer, machine="vm", want=CRASH, pace=replace(PACE, audit=8 * LEAF, audit_share=1.0)
+    )
+    assert (result.bytes_read, result.audited) == (2 * LEAF, ())
+
+
+def test_a_disk_is_not_dropped_in_silence_and_one_that_was_taken_away_is_no_error() -> None:
+    world = Recorded()
+    world.source.add("2001", 4)
+    writer = world.store.acquire("vm", "me")
+    first = run_cycle(world.source, writer, machine="vm", want=CRASH, pace=PACE)
+    del world.source.machine["2001"]
+    world.source.left_out = {"2001": "it is an independent disk"}
+    with pytest.raises(FarshoreError, match="cannot be any more: it is an independent disk"):
+        run_cycle(world.source, writer, machine="vm", want=CRASH, pace=PACE)
+    assert [point.id for point in writer.points()] == [first.point.id]
+    assert sum(event.startswith("release") for event in world.source.events) == 2
+    world.source.left_out = {"3000": "it was never replicated"}
+    assert len(run_cycle(world.source, writer, machine="vm", want=CRASH, pace=PACE).manifest.disks) == 1
 
 
 def test_what_the_source_does_not_confirm_makes_no_point(monkeypatch) -> None:

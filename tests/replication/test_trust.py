@@ -19,6 +19,7 @@ from farshore.replication.journal.cycle import CycleResult, Pace, Stopped, run_c
 from farshore.replication.journal.damage import Part
 from farshore.replication.journal.store import JournalStore, Options
 from farshore.replication.journal.writer import Writer
+from farshore.replication.loop import LegPlan, run_leg
 from farshore.replication.ports import LEAF
 
 from .fakes import Crash, MemoryBackend, ModelSource, pattern
@@ -415,6 +416,18 @@ def test_the_audit_goes_round_and_does_not_read_twice_what_changed(world: World)
         assert not result.full
         read += result.bytes_read
     assert result.audited[0].rounds == 1 and read <= (4 + 8) * LEAF
+
+
+def test_a_leg_audits_the_whole_source_in_the_time_that_is_given(world: World) -> None:
+    world.cycle(world.open())
+    world.source.write("2000", 6, pattern(9))
+    world.source.machine["2000"].changes.pop()  # the tracker missed it
+    rounds = iter(range(1000))
+    plan = LegPlan("vm", "me", 1e-3, audit_every_s=8e-3, pace=Pace(workers=0))
+    done = run_leg(world.source, world.store, plan, should_stop=lambda: next(rounds) > 100)
+    points = world.store.points("vm")
+    assert done.full_copies == 1 and done.points > 8
+    assert world.read(points[-1].id) == bytes(world.source.machine["2000"].content)
 
 
 # what dead cycles leave -----------------------------------------------------------------------------------------------

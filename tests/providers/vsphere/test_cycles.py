@@ -203,6 +203,15 @@ async def test_a_disk_that_became_independent_is_shown_as_not_protected(control,
     seen = await site.inspect(vm)
     assert [(d.label, d.eligible) for d in seen.disks] == [("Hard disk 1", True), ("Data", False)]
     assert "independent" in seen.disks[1].reason
+
+    def left_out():
+        cut = replica.cut()
+        cut.release()
+        return cut.left_out
+
+    assert (
+        "independent" in (await asyncio.to_thread(left_out))["2001"]
+    )  # the engine refuses to go on without it
     warning = next(f for f in seen.findings if "Data" in f.message)
     assert warning.severity is Severity.WARNING and "is not protected" in warning.message
 
