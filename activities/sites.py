@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Protocol
 
 from farshore.providers.ports import SourceSite, TargetSite
+from farshore.replication.ports import ReplicaStore
 
 
 class Sites(Protocol):
@@ -16,4 +17,9 @@ class Sites(Protocol):
 
     def target(self, site: str) -> TargetSite:
         """SiteUnknown when this worker has no such target."""
+        ...
+
+    def open_store(self, site: str) -> ReplicaStore:
+        """Only the replicas of a target, for who writes them: the whole adapter costs a source's worker a third of its
+        memory. The caller closes it. SiteUnknown."""
         ...

@@ -153,7 +153,7 @@ class SourceActivities:
             def work(should_stop: Callable[[], bool]) -> LegResult:
                 source = self._sites.source(spec.source_site).open_source(spec.machine, spec.source)
                 try:
-                    store = self._sites.target(spec.target_site).open_store()
+                    store = self._sites.open_store(spec.target_site)
                     try:
                         return run_leg(
                             source,

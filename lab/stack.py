@@ -120,7 +120,10 @@ class Stack:
             raise
 
     def stop(self) -> None:
-        """End what was started, workers first."""
+        """End what was started, workers first and all at once."""
+        for name, process in self.processes.items():
+            if name.startswith("worker-") and process.alive:
+                process.popen.send_signal(signal.SIGTERM)
         for name in reversed(list(self.processes)):
             self.processes.pop(name).terminate()
 

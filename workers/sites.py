@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import threading
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from farshore.domain.errors import Code, FarshoreError
 from farshore.providers.ports import SourceSite, TargetSite
@@ -20,6 +20,10 @@ from farshore.workers.settings import (
     key,
     secret,
 )
+
+if TYPE_CHECKING:
+    from farshore.providers.azure.settings import AzureSettings
+    from farshore.replication.ports import ReplicaStore
 
 
 class ConfiguredSites:
@@ -51,6 +55,15 @@ class ConfiguredSites:
             if site not in self._made:
                 self._made[site] = _azure(site, found, cache_folder(self._settings))
             return self._made[site]
+
+    def open_store(self, site: str) -> ReplicaStore:
+        """The replicas of a target."""
+        found = self._site(site)
+        if not isinstance(found, AzureSite):
+            raise self._unknown(site, "target")
+        from farshore.providers.azure.pageblobs import AzureReplicaStore
+
+        return AzureReplicaStore(_azure_settings(site, found, cache_folder(self._settings)))
 
     async def close(self) -> None:
         """End the sessions of all sites."""
@@ -107,28 +120,31 @@ def _physical(site: PhysicalSite) -> SourceSite:
 
 def _azure(name: str, site: AzureSite, cache: Path) -> TargetSite:
     from farshore.providers.azure.adapter import AzureSite as Adapter
+
+    return Adapter(_azure_settings(name, site, cache))
+
+
+def _azure_settings(name: str, site: AzureSite, cache: Path) -> AzureSettings:
     from farshore.providers.azure.settings import AzureSettings
 
-    return Adapter(
-        AzureSettings(
-            tenant=site.tenant,
-            client_id=site.client_id,
-            client_secret=secret(site.client_secret, f"sites.{name}.client_secret"),
-            subscription=site.subscription,
-            resource_group=site.resource_group,
-            location=site.location,
-            base_url=site.base_url,
-            authority=site.authority,
-            ca_file=site.ca_file,
-            storage_account_id=site.storage_account_id,
-            blob_endpoint=site.blob_endpoint,
-            storage_account=site.storage_account,
-            storage_key=secret(site.storage_key, f"sites.{name}.storage_key"),
-            encryption_key=key(site.encryption_key, f"sites.{name}.encryption_key")
-            if site.encryption_key
-            else None,
-            container=site.container,
-            cache=cache / name,
-            polling_interval=site.polling_interval,
-        )
+    return AzureSettings(
+        tenant=site.tenant,
+        client_id=site.client_id,
+        client_secret=secret(site.client_secret, f"sites.{name}.client_secret"),
+        subscription=site.subscription,
+        resource_group=site.resource_group,
+        location=site.location,
+        base_url=site.base_url,
+        authority=site.authority,
+        ca_file=site.ca_file,
+        storage_account_id=site.storage_account_id,
+        blob_endpoint=site.blob_endpoint,
+        storage_account=site.storage_account,
+        storage_key=secret(site.storage_key, f"sites.{name}.storage_key"),
+        encryption_key=key(site.encryption_key, f"sites.{name}.encryption_key")
+        if site.encryption_key
+        else None,
+        container=site.container,
+        cache=cache / name,
+        polling_interval=site.polling_interval,
     )

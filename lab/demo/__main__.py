@@ -78,6 +78,9 @@ def main() -> int:
 
 
 def _interrupt(_number: int, _frame: object) -> None:
+    # Once: a second one would interrupt the ending, and leave servers behind that nobody ends.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
     raise KeyboardInterrupt
 
 

@@ -189,7 +189,7 @@ class PageBlobBackend:
     def _ensure_footer(self, blob: BlobClient, name: str, size: int, fence: int) -> None:
         wanted = vhd.footer(size, name)
         at = vhd.virtual_size(size)
-        if blob.download_blob(at, vhd.FOOTER).readall() != wanted:
+        if _range(blob, at, vhd.FOOTER) != wanted:
             blob.upload_page(wanted, at, vhd.FOOTER, if_sequence_number_lte=fence)
 
     def resize_image(self, name: str, kind: Kind, size: int, fence: int) -> None:
@@ -266,7 +266,7 @@ class PageBlobBackend:
 
         def call() -> bytes:
             try:
-                return self._blob(name, snapshot).download_blob(offset, length).readall()
+                return _range(self._blob(name, snapshot), offset, length)
             except HttpResponseError as error:
                 if said(error).key in _GONE:
                     raise _missing(name, snapshot) from error
@@ -441,6 +441,18 @@ def _if_absent(call: Callable[[], object]) -> None:
         if said(error).key in _TAKEN:
             raise _Taken from error
         raise
+
+
+def _range(blob: BlobClient, offset: int, length: int) -> bytes:
+    """A range of a page blob, in one request.
+
+    Not `download_blob`: with every call, however small, it lists all pages of a page blob as well, which takes minutes
+    where a large disk was written in many places.
+    """
+    client: Any = blob._client  # pyright: ignore[reportPrivateUsage]  # what download_blob calls
+    return b"".join(
+        client.blob.download(range=f"bytes={offset}-{offset + length - 1}", snapshot=blob.snapshot)
+    )
 
 
 def _unless_gone(blob: BlobClient) -> bytes | None:

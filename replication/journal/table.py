@@ -26,6 +26,7 @@ _PAGE_BYTES = PAGE * ENTRY
 _DIGEST = 32
 _ZERO_PAGE = bytes(_PAGE_BYTES)
 _ZERO_LEAF = bytes(LEAF)
+_TRIM = 256  # pages (16 MiB) that a root reads before they are given back
 _UNDO = 1 << 18  # entries that can be taken back; more: the table is read anew
 
 
@@ -178,7 +179,9 @@ class Table:
 
     def root(self) -> str:
         used = leaf_count(self._size) * ENTRY
-        for page in sorted(self._dirty):
+        for number, page in enumerate(sorted(self._dirty), 1):
+            if number % _TRIM == 0:
+                self.trim()  # of a new table every page is looked at
             part = self._map[page * _PAGE_BYTES : min(used, (page + 1) * _PAGE_BYTES)]
             self._digests[page * _DIGEST : (page + 1) * _DIGEST] = page_digest(self._key, part)
         self._dirty.clear()

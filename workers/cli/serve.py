@@ -17,7 +17,6 @@ from farshore.workers.cli.exits import Exit
 from farshore.workers.cli.main import AddressOption, SettingsOption, out, perform, settings_for
 from farshore.workers.settings import Settings
 from farshore.workers.temporal import connect_with, ensure_search_attributes
-from farshore.workers.worker import run_workers
 
 
 def register(app: typer.Typer) -> None:
@@ -57,6 +56,9 @@ def worker(
 
 
 async def _work(settings: Settings, control: bool, sites: list[str], ready_file: Path | None) -> int:
+    # Here, because every other command is spared the time of importing it.
+    from farshore.workers.worker import run_workers
+
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s")
     logging.getLogger("azure").setLevel(
         logging.WARNING

@@ -531,3 +531,24 @@ def test_a_quiet_cycle_costs_few_requests(store: AzureReplicaStore, lab: Lab, gu
     cycle(guest, writer)
     busy = dict(lab.faults.counts)
     assert busy == {"ListBlobs": 1, "PutBlob": 3}, busy
+
+
+def test_a_read_of_an_image_is_one_request(backend: PageBlobBackend, lab: Lab) -> None:
+    """The SDK's own download lists all pages of the blob each time, which a large fragmented disk does not bear."""
+    name = f"{uuid.uuid4().hex}/d/x.vhd"
+    backend.ensure_image(name, Kind.DISK, 8 * MIB, 1)
+    backend.write(name, MIB, b"a" * 1024, 1)
+    snapshot = backend.freeze(name, 1, 1, 1)
+    backend.write(name, MIB, b"b" * 1024, 1)
+    lab.faults.counts.clear()
+    assert backend.read(name, MIB - 512, 2048) == bytes(512) + b"b" * 1024 + bytes(512)
+    assert backend.read(name, MIB, 1024, snapshot) == b"a" * 1024
+    assert sum(lab.faults.counts.values()) == 2, dict(lab.faults.counts)
+    with pytest.raises(FarshoreError) as missing:
+        backend.read(name, 0, 512, "2020-01-01T00:00:00.0000000Z")
+    assert missing.value.code is Code.REPLICA_DAMAGED
+    with pytest.raises(FarshoreError) as short:
+        backend.read(name, 8 * MIB, 4096)
+    assert short.value.code is Code.REPLICA_DAMAGED
+    lab.faults.add("reset-after", op="GetBlob", blob=name, count=1)
+    assert backend.read(name, MIB, 512) == b"b" * 512
