@@ -1,6 +1,6 @@
 """How fast the journal engine copies, stores and restores, with foreign programs in the same run as anchors.
 
-    python benchmarks/bench_dataplane.py [--mib 1024] [--rounds 3] [--only copy,bytes,rpo,memory] [--check]
+    python benchmarks/bench_dataplane.py [--mib 1024] [--rounds 3] [--only copy,nbd,http,bytes,rpo,memory] [--check]
 
 All rates are MB (10^6 bytes) of data a second, best of the rounds, interleaved. Client and server share the machine. Not
 like for like: our columns read, hash and make a durable, verifiable point; the anchors only copy, and nbdcopy's pipe into
@@ -10,7 +10,9 @@ zstd carries the holes as zeros. `--check` exits with 1 where a ratio that the p
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
+import queue
 import random
 import resource
 import shutil
@@ -20,15 +22,21 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator, Mapping
-from datetime import UTC, datetime
+from collections.abc import Generator, Iterator, Mapping
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from types import MappingProxyType
+
+from azure.storage.blob import BlobServiceClient, ContainerSasPermissions, generate_container_sas
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.anchors import MIB, extents, make_disk, missing, rounds, shell
 from farshore.domain.points import Consistency
+from farshore.lab.stack import Stack
+from farshore.providers.azure.pageblobs import AzureReplicaStore
+from farshore.providers.azure.settings import AzureSettings
+from farshore.providers.nbd.client import NbdClient
 from farshore.replication.filestore import FileBackend
 from farshore.replication.journal.cycle import Pace, run_cycle
 from farshore.replication.journal.store import JournalStore
@@ -167,6 +175,179 @@ def copying(work: Path, mib: int, times: int) -> list[str]:
     return failed
 
 
+class NbdCut(RawCut):
+    """The same disk, read from a server of NBD."""
+
+    def __init__(self, source: NbdSource, name: str) -> None:
+        super().__init__(source, name)
+        self._clients = source.clients
+
+    def read(self, disk_key: str, offset: int, length: int) -> bytes:
+        with self._clients.get() as client:
+            return client.read(offset, length)
+
+
+class _Clients:
+    """A connection for each thread that wants one."""
+
+    def __init__(self, socket: str) -> None:
+        self._socket = socket
+        self._idle: queue.SimpleQueue[NbdClient] = queue.SimpleQueue()
+
+    @contextlib.contextmanager
+    def get(self) -> Generator[NbdClient]:
+        try:
+            client = self._idle.get_nowait()
+        except queue.Empty:
+            client = NbdClient(self._socket, "")
+        yield client
+        self._idle.put(client)
+
+
+class NbdSource(RawSource):
+    """A machine whose disk is behind NBD, which is how guests of QEMU are read."""
+
+    def __init__(self, path: Path, socket: str) -> None:
+        super().__init__(path)
+        self.clients = _Clients(socket)
+
+    def cut(self, name: str, *, want: Consistency) -> RawCut:
+        return NbdCut(self, name)
+
+
+@contextlib.contextmanager
+def served(disk: Path, socket: Path) -> Generator[str]:
+    """The disk behind nbdkit on a Unix socket."""
+    ready = socket.with_suffix(".pid")
+    server = subprocess.Popen(
+        ["nbdkit", "-f", "-P", str(ready), "-U", str(socket), "--threads", "4", "file", str(disk)]
+    )
+    try:
+        until = time.monotonic() + 20
+        while not ready.exists():
+            if server.poll() is not None or time.monotonic() > until:
+                raise RuntimeError("nbdkit does not start")
+            time.sleep(0.01)  # a server that starts; ended by the two conditions above
+        yield str(socket)
+    finally:
+        server.terminate()
+        server.wait()
+
+
+def from_nbd(work: Path, mib: int, times: int) -> list[str]:
+    """Uncompressed throughput from NBD, against nbdcopy from the same server into a file that is on disk when it ends, as
+    our segments are."""
+    absent = missing("nbdcopy", "nbdkit")
+    if absent:
+        print(f"not measured: {', '.join(absent)} not here")
+        return []
+    disk, out, folder = work / "disk.img", work / "out.img", work / "nbd"
+    data = make_disk(disk, mib * MIB)
+    with served(disk, work / "nbd.sock") as socket:
+
+        def ours() -> None:
+            shutil.rmtree(folder, ignore_errors=True)
+            source, writer = NbdSource(disk, socket), store_at(folder).acquire("vm", "bench")
+            pace = Pace(workers=2, level=0)
+            run_cycle(source, writer, machine="vm", want=Consistency.CRASH, pace=pace)
+            writer.close()
+            source.close()
+
+        uri = f"nbd+unix:///?socket={socket}"
+        took = rounds(
+            {
+                "Farshore, NBD, uncompressed": ours,
+                "nbdcopy NBD --flush": shell(f"rm -f {out}; nbdcopy --flush '{uri}' {out}"),
+                "nbdcopy NBD": shell(f"rm -f {out}; nbdcopy '{uri}' {out}"),
+            },
+            times,
+        )
+    for name, best in took.items():
+        print(f"  {name:28} {best.rate(data):7.0f} MB/s   {best.cost(data):6.2f} CPU ms/MB")
+    ratios = {
+        name: took[name].wall / took["Farshore, NBD, uncompressed"].wall
+        for name in ("nbdcopy NBD --flush", "nbdcopy NBD")
+    }
+    for name, ratio in ratios.items():
+        print(f"  Farshore, NBD, uncompressed is {ratio:.2f} x {name}")
+    ratio = ratios["nbdcopy NBD --flush"]
+    return [] if ratio >= 0.9 else [f"uncompressed from NBD: {ratio:.2f} x nbdcopy --flush, 0.9 promised"]
+
+
+def over_http(work: Path, mib: int, times: int) -> list[str]:
+    """Throughput into the laboratory's blob storage, against rclone with the same bytes: a disk without holes, nothing
+    compressed."""
+    if missing("rclone"):
+        print("not measured: rclone is not here")
+        return []
+    disk = work / "dense.img"
+    with disk.open("wb") as file:
+        for _ in range(mib):
+            file.write(os.urandom(MIB))
+    (work / "lab").mkdir()
+    stack = Stack(work / "lab")
+    (stack.root / "logs").mkdir()
+    stack.start_azure()
+    try:
+        info, number = stack.azure_info, iter(range(1 << 30))
+        settings = AzureSettings(
+            tenant="",
+            client_id="",
+            client_secret="",
+            subscription="",
+            resource_group="",
+            location="",
+            storage_account_id="",
+            blob_endpoint=info["blob"],
+            storage_account=info["account"],
+            storage_key=info["account_key"],
+            ca_file=info["ca"],
+        )
+
+        def ours() -> None:
+            store = AzureReplicaStore(settings)
+            source, writer = RawSource(disk), store.acquire(f"vm{next(number)}", "bench")
+            pace = Pace(workers=4, level=0)
+            run_cycle(source, writer, machine=writer.machine, want=Consistency.CRASH, pace=pace)
+            writer.close()
+            source.close()
+            store.close()
+
+        # By the address of a container with a signature: the only form in which older releases of rclone take a server
+        # that is named by its IP address. A file of its own, because command lines can be seen by others.
+        service = BlobServiceClient(
+            info["blob"],
+            credential={"account_name": info["account"], "account_key": info["account_key"]},
+            connection_verify=info["ca"],
+        )
+        service.create_container("rclone")
+        service.close()
+        signature = generate_container_sas(
+            info["account"],
+            "rclone",
+            account_key=info["account_key"],
+            permission=ContainerSasPermissions(read=True, write=True, create=True, list=True),
+            expiry=datetime.now(UTC) + timedelta(hours=1),
+        )
+        config = work / "rclone.conf"
+        config.write_text(f"[lab]\ntype = azureblob\nsas_url = {info['blob']}/rclone?{signature}\n")
+        rclone = f"rclone --config {config} --ca-cert {info['ca']} --retries 1 copyto {disk} lab:rclone/"
+
+        def theirs() -> None:
+            shell(f"{rclone}{next(number)}")()
+
+        ours()  # makes the container
+        took = rounds({"Farshore over HTTPS": ours, "rclone": theirs}, times)
+    finally:
+        stack.stop()
+    size = disk.stat().st_size
+    for name, best in took.items():
+        print(f"  {name:28} {best.rate(size):7.0f} MB/s   {best.cost(size):6.2f} CPU ms/MB")
+    ratio = took["rclone"].wall / took["Farshore over HTTPS"].wall
+    print(f"  to the laboratory's blob storage: {ratio:.2f} x rclone (0.9 promised)")
+    return [] if ratio >= 0.9 else [f"over HTTPS: {ratio:.2f} x rclone"]
+
+
 def bytes_shipped(work: Path) -> list[str]:
     """Bytes shipped per byte changed, at 64 KiB leaves."""
     disk, folder = work / "shipped.img", work / "shipped"
@@ -274,7 +455,7 @@ def main() -> int:
     parser.add_argument("--mib", type=int, default=1024)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--seconds", type=float, default=60, help="of each RPO measurement")
-    parser.add_argument("--only", default="copy,bytes,rpo,memory")
+    parser.add_argument("--only", default="copy,nbd,http,bytes,rpo,memory")
     parser.add_argument("--check", action="store_true")
     given = parser.parse_args()
     resource.setrlimit(resource.RLIMIT_NOFILE, (4096, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
@@ -284,6 +465,10 @@ def main() -> int:
         work = Path(folder)
         if "copy" in parts:
             failed += copying(work, given.mib, given.rounds)
+        if "nbd" in parts:
+            failed += from_nbd(work, given.mib, given.rounds)
+        if "http" in parts:
+            failed += over_http(work, given.mib // 2, given.rounds)
         if "bytes" in parts:
             failed += bytes_shipped(work)
         if "memory" in parts:

@@ -30,6 +30,11 @@ _FICLONE = 0x40049409
 _FROZEN = re.compile(r"^(?P<image>.+)@(?P<id>(?P<cycle>\d+)-(?P<epoch>\d+)(-\d+)?)$")
 
 
+_doubtful: set[Path] = set()
+"""What this process created and could neither make durable nor take back. Of the process: a leg that begins anew with a store
+of its own must not take it for durable either."""
+
+
 class FileBackend:
     """See `Backend`. `durable=False` leaves out the syncs: for tests that do not cut the power."""
 
@@ -52,7 +57,15 @@ class FileBackend:
                 return False
             finally:
                 temporary.unlink()
-            self._sync_folder(path.parent)
+            try:
+                self._sync_folder(path.parent)
+            except OSError:
+                # It can be read now, and may be gone after a reboot; asking for another sync proves nothing.
+                _doubtful.add(path.absolute())
+                with contextlib.suppress(OSError):
+                    path.unlink()
+                    _doubtful.discard(path.absolute())
+                raise
         return True
 
     def put(self, name: str, data: bytes) -> None:
@@ -63,6 +76,7 @@ class FileBackend:
 
     def get(self, name: str) -> bytes | None:
         with _errors(name):
+            self._refuse_doubt(name)
             try:
                 return (self._root / name).read_bytes()
             except FileNotFoundError:
@@ -227,6 +241,15 @@ class FileBackend:
         return None
 
     # ours ---------------------------------------------------------------------------------------------------------
+
+    def _refuse_doubt(self, name: str) -> None:
+        if (self._root / name).absolute() in _doubtful:
+            raise FarshoreError(
+                Code.TARGET_UNREACHABLE,
+                f"{name} was written, but its folder could not be synced: nobody knows whether it is there after a reboot.",
+                subject=name,
+                action="Look for errors of the file system that holds the store.",
+            )
 
     def _path(self, name: str, snapshot: str) -> Path:
         return self._root / (f"{name}@{snapshot}" if snapshot else name)

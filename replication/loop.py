@@ -17,79 +17,29 @@ from __future__ import annotations
 
 import time
 import uuid
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable
+from dataclasses import replace
 from datetime import datetime
 
 from farshore.domain.errors import Code, FarshoreError
 from farshore.domain.points import Consistency, RecoveryPoint
-from farshore.domain.retention import RetentionPolicy, gently, prune
+from farshore.domain.retention import gently, prune
 from farshore.replication.journal.bandwidth import Priority
 from farshore.replication.journal.behind import Behind
 from farshore.replication.journal.cycle import CycleResult, Pace, Stopped, never, run_cycle, utc_now
+from farshore.replication.journal.entries import born
 from farshore.replication.journal.writer import Writer
+from farshore.replication.legs import LegPlan, LegResult, Part, backoff, clock_doubt
 from farshore.replication.ports import Progress, ProgressSink, ReplicaStore, Source
 
-_CLOCK_DOUBT = (
-    3600.0  # seconds that the clock may be ahead of a point that was made just now; beyond, no pruning
-)
+__all__ = ["Leg", "LegPlan", "LegResult", "run_leg"]
+
 _DRIFT = 60.0  # seconds between two epochs that are opened only because redo failed
 _SCRUB_ROOM = 0.5  # seconds before the next cycle is due in which no scrub is begun
+_SCRUB_ASK = 600.0  # the longest time between two looks whether a scrub is due, seconds
 _SCRUB_PART = 32 << 20  # bytes scrubbed between two looks at the clock
 _REDO_BYTES = 256 << 20  # bytes of journal that a redo does not let pile up, however recent the last one is
 _POLL = 0.5  # the longest sleep between two looks at `should_stop`, seconds
-
-
-@dataclass(frozen=True, slots=True)
-class LegPlan:
-    """What a leg shall do. Seconds."""
-
-    machine: str
-    owner: str  # for people: who replicates (workflow, run, attempt)
-    interval_s: float
-    app_consistent_every_s: float | None = None  # None: crash-consistent points only
-    retention: RetentionPolicy = field(default_factory=RetentionPolicy)
-    until_s: float = 3600.0  # no cycle is begun after this time
-    stop_after_first: bool = False  # end with the first committed point
-    final: bool = False  # the source is shut down: its points are marked as final
-    resync: bool = False  # the first cycle reads the replica back and compares everything
-    want: Consistency = Consistency.CRASH  # of ordinary points
-    backoff_cap_s: float = 60.0
-    pace: Pace = field(default_factory=Pace)
-    redo_every_s: float = 10.0  # what is overwritten in this time is written to the replica disks once
-    base_every_s: float = 900.0  # between two bases: bounds how much journal a restore replays
-    sweep_every_s: float = 300.0
-    scrub_every_s: float | None = 7 * 86400.0  # a whole round in this time; None: no scrub
-    audit_every_s: float | None = (
-        None  # all of the source is read once in this time, whatever it reports; None: never
-    )
-    tags: Mapping[str, str] = field(default_factory=dict[str, str])
-    asked_at: datetime | None = (
-        None  # when this attempt was scheduled: openings by others after that fence it
-    )
-
-
-@dataclass(frozen=True, slots=True)
-class LegResult:
-    """What a leg did. Bytes and seconds; times are aware UTC."""
-
-    cycles: int  # attempted
-    points: int  # committed
-    newest: RecoveryPoint | None  # of the machine, also when this leg made none
-    full_copies: int
-    bytes_changed: int
-    bytes_read: int
-    bytes_shipped: int
-    pruned: int
-    errors: int  # waited out
-    last_error: str  # in words, "" if the last cycle was good
-    stopped_because: str  # "time" | "asked" | "first point"
-    newest_captured_at: datetime | None  # instant of the newest cut whose bytes all reached the target
-    newest_recoverable_at: datetime | None  # instant of the newest point that is not known to be damaged
-    newest_applied_at: datetime | None  # instant of the newest point that the replica disks have reached
-    bases: int  # made
-    damage: tuple[str, ...]  # points that are known to be damaged
-    worst_rpo_s: float  # the most that would have been lost at any moment of this leg, once it had a point
 
 
 def run_leg(
@@ -164,11 +114,18 @@ class Leg:
         self._freezing = False  # what is under way behind will be a base
         self._swept_at: float | None = None
         self._scrub_done = False
+        self._scrub_after = float("-inf")  # monotonic: until then nobody has to look whether a scrub is due
         self._bases = 0
         self._applied: dict[int, datetime] = {}
         self._newest_applied: datetime | None = None
 
+    @property
+    def writer(self) -> Writer | None:
+        """None while no epoch is open."""
+        return self._writer
+
     def run(self) -> LegResult:
+        """See `run_leg`."""
         end = self._monotonic() + self._plan.until_s
         failures = 0
         because = "time"
@@ -186,23 +143,17 @@ class Leg:
                     because = "asked"
                     break
                 except FarshoreError as error:
-                    self.leave()
+                    self.failed(error)
                     if not error.retryable:
                         raise
                     failures += 1
-                    self._errors += 1
-                    self._last_error = error.info.text()
-                    pause = min(self._plan.backoff_cap_s, 2.0 ** min(failures - 1, 16))
-                    if error.retry_after is not None:
-                        pause = max(pause, error.retry_after)
-                    pause = min(pause, max(0.0, end - self._monotonic()))
+                    pause = min(backoff(self._plan, failures, error), max(0.0, end - self._monotonic()))
                     self.tell(f"waiting {pause:.0f} s after: {error.info.message}")
                     if not self._pause(self._monotonic() + pause):
                         because = "asked"
                         break
                     continue
                 failures = 0
-                self._last_error = ""
                 if self._plan.stop_after_first:
                     because = "first point"
                     self.settle()
@@ -215,6 +166,10 @@ class Leg:
                     break
         finally:
             self.leave()
+        return self.result(because)
+
+    def result(self, because: str) -> LegResult:
+        """What was done so far."""
         taken = self._newest.taken_at if self._newest is not None else None
         hurt, sound = self._damage()
         return LegResult(
@@ -236,6 +191,12 @@ class Leg:
             damage=hurt,
             worst_rpo_s=self._worst_rpo,
         )
+
+    def failed(self, error: FarshoreError) -> None:
+        """The outcome of something is unknown: the next cycle needs a new epoch."""
+        self.leave()
+        self._errors += 1
+        self._last_error = error.info.text()
 
     def enter(self) -> Writer:
         """Open the epoch, once a leg and again after each error."""
@@ -264,6 +225,7 @@ class Leg:
         return writer
 
     def leave(self) -> None:
+        """Give back what belongs to the epoch. Idempotent."""
         if self._behind is not None:
             self._behind.close()
             self._behind = None
@@ -271,13 +233,16 @@ class Leg:
             self._writer.close()
             self._writer = None
 
-    def cycle(self) -> None:
-        writer = self.enter()
+    def cycle(self, group: Part | None = None) -> CycleResult:
+        """Make one point, and what follows from it."""
+        writer = self._writer if group is not None and self._writer is not None else self.enter()
         before = self._newest
         self._cycles += 1
         began = self._monotonic()
-        result = self._make_point(writer)
-        self._resync = False
+        result = self._make_point(writer, group)
+        self._resync, self._last_error = False, ""
+        if group is not None:
+            group.committed(writer, result)
         self._points += 1
         self._newest = result.point
         self._full += result.full
@@ -296,8 +261,11 @@ class Leg:
         self._unapplied += result.bytes_stored
         self._applied[result.point.cycle] = result.point.taken_at
         self._follow(writer)
+        return result
 
-    def _make_point(self, writer: Writer) -> CycleResult:
+    def _make_point(self, writer: Writer, group: Part | None) -> CycleResult:
+        if group is not None:
+            return self._run_cycle(writer, self._plan.want, group)
         want = self._plan.want
         now = self._clock()
         every = self._plan.app_consistent_every_s
@@ -315,15 +283,16 @@ class Leg:
             self.tell(f"no app-consistent point: {error.info.message}")
             return self._run_cycle(writer, self._plan.want)
 
-    def _run_cycle(self, writer: Writer, want: Consistency) -> CycleResult:
+    def _run_cycle(self, writer: Writer, want: Consistency, group: Part | None = None) -> CycleResult:
         return run_cycle(
             self._source,
             writer,
             machine=self._plan.machine,
             want=want,
+            cut=group.cut if group is not None else None,
             final=self._plan.final,
             resync=self._resync,
-            tags=self._plan.tags,
+            tags=self._plan.tags if group is None else {**self._plan.tags, **group.tags},
             progress=self._forward,
             should_stop=self._should_stop,
             pace=self._pace(),
@@ -340,9 +309,9 @@ class Leg:
         """Prune, `took` seconds after the cycle of `newest` began. A failure costs nothing but space: the next cycle
         tries again. A clock that jumped must not cost the history, see `_CLOCK_DOUBT` and `gently`."""
         now = self._clock()
-        ahead = (now - newest.taken_at).total_seconds() - took
-        if ahead > _CLOCK_DOUBT:
-            self.tell(f"old points stay for now: the clock is {ahead:.0f} s ahead of the newest point")
+        doubt = clock_doubt(newest, now, took)
+        if doubt:
+            self.tell(f"old points stay for now: {doubt}")
             return
         try:
             points = writer.points()
@@ -424,9 +393,20 @@ class Leg:
         every, behind = self._plan.scrub_every_s, self._behind
         if every is None or self._scrub_done or (behind is not None and behind.busy):
             return False
-        coverage = writer.coverage()
-        age = coverage.age(self._clock().timestamp())
-        return bool(coverage.cursor) or age is None or age >= every
+        if self._monotonic() < self._scrub_after:
+            return False
+        coverage, now = writer.coverage(), self._clock().timestamp()
+        age = coverage.age(now)
+        if age is None:
+            # Nothing is older than the replica itself: a first copy is not read back as soon as it is there.
+            head = writer.head()
+            age = (
+                now - min((born(disk.life) for disk in head.disks), default=now) if head is not None else 0.0
+            )
+        left = 0.0 if coverage.cursor else every - age
+        if left > 0:
+            self._scrub_after = self._monotonic() + min(left, _SCRUB_ASK)
+        return left <= 0
 
     def _take_scrub(self, amount: int) -> None:
         if self._plan.pace.limit is not None:
@@ -459,6 +439,7 @@ class Leg:
             self._sleep(min(left, _POLL))
 
     def tell(self, stage: str) -> None:
+        """Say what is being done."""
         self._forward(Progress(stage, "", 0, 0, self._writer.cycle if self._writer is not None else 0))
 
     def _forward(self, progress: Progress) -> None:

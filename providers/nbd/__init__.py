@@ -11,8 +11,7 @@ fleece     what a cut makes inside QEMU, and its removal
 guardian   the process that thaws and resumes whatever happens to the worker
 keeper     the worker's side of it
 cut        one instant: changes and bytes; fills `replication.ports.SourceCut`
-source     fills `replication.ports.Source`
-group      one instant over several machines
+source     fills `replication.ports.Source`, and what a group's barrier asks of it
 settings   how to reach one machine
 errors     every failure becomes a FarshoreError of the catalogue
 
@@ -20,9 +19,8 @@ May import domain and replication.ports. Needs nothing but the standard library.
 """
 
 from farshore.providers.nbd.client import NbdClient
-from farshore.providers.nbd.group import Member, cut_together
 from farshore.providers.nbd.handshake import ClientTls
 from farshore.providers.nbd.settings import QemuSettings
 from farshore.providers.nbd.source import QemuSource
 
-__all__ = ["ClientTls", "Member", "NbdClient", "QemuSettings", "QemuSource", "cut_together"]
+__all__ = ["ClientTls", "NbdClient", "QemuSettings", "QemuSource"]

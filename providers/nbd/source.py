@@ -28,7 +28,8 @@ log = logging.getLogger(__name__)
 
 
 class QemuSource:
-    """Fills `replication.ports.Source` for one machine. Blocking; not for two threads at once (its cuts are)."""
+    """Fills `replication.ports.Source`, and `barrier.BarrierSource` there, for one machine. Blocking; not for two threads at
+    once (its cuts are)."""
 
     def __init__(self, settings: QemuSettings, *, machine: str) -> None:
         self._settings = settings
@@ -37,6 +38,11 @@ class QemuSource:
     @property
     def machine(self) -> str:
         return self._machine
+
+    @property
+    def cannot_hold(self) -> str:
+        """Nothing: QEMU stops its processors when it is told to."""
+        return ""
 
     def cut(self, name: str, *, want: Consistency) -> QemuCut:
         """Take one snapshot over all disks, after removing what a predecessor left.
@@ -53,7 +59,7 @@ class QemuSource:
             return prepared.finish()
 
     def prepare(self, name: str, *, want: Consistency) -> Prepared:
-        """All of a cut that may be slow and that the guest does not feel. See `group.cut_together`."""
+        """All of a cut that may be slow and that the guest does not feel. See `replication.barrier`."""
         cut = CutName.parse(name)
         with self._monitor() as monitor:
             self._clear(monitor, cut)
@@ -144,7 +150,7 @@ class QemuSource:
 
 
 class Prepared:
-    """A cut that lacks only its instant. In this order: quiesce → [hold] → take → resume → finish.
+    """A cut that lacks only its instant; fills `replication.barrier.PreparedCut`. In this order: quiesce → [hold] → take → resume → finish.
 
     `resume` must be called whatever happened, and at once; leaving the context without `finish` removes everything.
     """

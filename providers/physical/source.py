@@ -11,7 +11,7 @@ import logging
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
-from typing import Any
+from typing import Any, NoReturn
 
 from farshore.domain.errors import FarshoreError
 from farshore.domain.points import Consistency
@@ -19,7 +19,7 @@ from farshore.providers.physical.client import AgentClient, escaped
 from farshore.providers.physical.errors import AgentRefused, classify
 from farshore.providers.physical.seed import Seed, sow
 from farshore.providers.physical.settings import PhysicalSettings
-from farshore.replication.ports import DiskState, Extent, FullCopyNeeded
+from farshore.replication.ports import DiskState, Extent, FullCopyNeeded, NoCommonInstant
 
 SEEDINGS = 4  # times that a cut may find more written than its spool holds, after copies in advance
 
@@ -97,6 +97,18 @@ class PhysicalSource:
             rounds=self._settings.seed_rounds,
             tick=self._tick,
         )
+
+    @property
+    def cannot_hold(self) -> str:
+        """See `replication.barrier.BarrierSource`."""
+        return (
+            "its agent freezes, marks and thaws in one request and cannot be told to stay frozen until other machines are, "
+            "and what stops its disks is a freeze of file systems, which raw writers do not feel"
+        )
+
+    def prepare(self, name: str, *, want: Consistency) -> NoReturn:
+        """NoCommonInstant, always, see `cannot_hold`."""
+        raise NoCommonInstant({self._machine: self.cannot_hold})
 
     def reap(self, upto: str = "") -> list[str]:
         """Release cuts that dead predecessors left; returns their names. SourceBusy: see `Source.reap`."""

@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
-from typing import Any
+from typing import Any, NoReturn
 
 from farshore.domain.errors import Code, FarshoreError
 from farshore.domain.points import Consistency
@@ -25,7 +25,7 @@ from farshore.providers.vsphere.folder import Folder, Place
 from farshore.providers.vsphere.inventory import Entry, Inventory
 from farshore.providers.vsphere.machine import Machine, SnapshotEntry, epoch_of
 from farshore.providers.vsphere.snapshots import Snapshots, best_effort
-from farshore.replication.ports import DiskState, Extent, FullCopyNeeded
+from farshore.replication.ports import DiskState, Extent, FullCopyNeeded, NoCommonInstant
 
 _ASK_EVERY = 5.0  # seconds between two looks for the snapshot in a long copy
 EVENTS = 1000  # the most that one question to the event log answers
@@ -105,6 +105,18 @@ class VSphereSource:
             disks=disks,
             left_out=left_out,
         )
+
+    @property
+    def cannot_hold(self) -> str:
+        """See `replication.barrier.BarrierSource`."""
+        return (
+            "vSphere takes each machine's snapshot by itself and has none over several machines, and this source does not "
+            "suspend machines to make one"
+        )
+
+    def prepare(self, name: str, *, want: Consistency) -> NoReturn:
+        """NoCommonInstant, always: a snapshot by itself is a point of one machine."""
+        raise NoCommonInstant({self._name: self.cannot_hold})
 
     def reap(self, upto: str = "") -> list[str]:
         """Remove the snapshots of ours from this machine; returns their names. SourceBusy: see `Source.reap`."""

@@ -86,7 +86,7 @@ class Disks:
         if head is not None and entry is not None and not self._severed(head, entry):
             table, holes = self._table_at(head, entry)
         if entry is None or table is None or holes is None:
-            life = f"{self._writer.cycle}-{self._writer.epoch}"
+            life = entries.life_of(self._writer.cycle, self._writer.epoch)
             table = self._new_table(state, life)
             reason = "" if entry is None else "its past in the store is damaged"
             opened = OpenDisk(state, life, self._writer.cycle, table, None, reason=reason)

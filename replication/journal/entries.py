@@ -441,3 +441,13 @@ def _to_disk(raw: Mapping[str, Any]) -> DiskEntry:
         pages=tuple(PageRef(str(n), int(s), int(e), int(r)) for n, s, e, r in raw["pages"]),
         origins=tuple((int(epoch), int(cycle)) for epoch, cycle in raw["origins"]),
     )
+
+
+def life_of(cycle: int, epoch: int) -> str:
+    """Name of the life that a disk begins in a cycle."""
+    return f"{cycle}-{epoch}"
+
+
+def born(life: str) -> float:
+    """When a life began, unix seconds: an epoch is at least the time of its opening, and hardly more."""
+    return float(life.rpartition("-")[2])

@@ -21,6 +21,7 @@ from farshore.replication.journal.damage import Finding
 from farshore.replication.journal.entries import BaseDisk, DiskEntry, Manifest, SegmentRef
 from farshore.replication.journal.log import View
 from farshore.replication.journal.mirror import HEADER, names, read_entries, read_header
+from farshore.replication.journal.prune import Needs
 from farshore.replication.journal.segment import ChunkKind
 from farshore.replication.ports import LEAF, Extent
 
@@ -89,8 +90,9 @@ class Scrub:
         except (ValueError, TypeError):
             return Coverage()
 
-    def run(self, view: View, *, replicas: bool, budget: int | None = None) -> Scrubbed:
-        """Go on where the last call ended, until the round is over or `budget` bytes were read."""
+    def run(self, view: View, needed: Needs, *, replicas: bool, budget: int | None = None) -> Scrubbed:
+        """Go on where the last call ended, until the round is over or `budget` bytes were read. What is not `needed` is left
+        out: a sweep that died in between has deleted a part of it."""
         now = self._clock()
         state = self.coverage()
         if not state.cursor:
@@ -98,7 +100,7 @@ class Scrub:
         findings: list[Finding] = []
         checked, before = 0, state.found
         try:
-            for place, check in self._units(view, replicas=replicas, after=state.cursor):
+            for place, check in self._units(view, needed, replicas=replicas, after=state.cursor):
                 self._look()
                 try:
                     read = check()
@@ -133,16 +135,16 @@ class Scrub:
     def _name(self) -> str:
         return f"{self._journal.prefix}u/scrub.json"
 
-    def _units(self, view: View, *, replicas: bool, after: str) -> Iterator[Unit]:
+    def _units(self, view: View, needed: Needs, *, replicas: bool, after: str) -> Iterator[Unit]:
         for number in sorted(view.damaged):
             place = f"0/{number:010d}"
             if place > after:
                 yield place, lambda number=number: self._entry(number)
         for cycle, (manifest, _) in view.manifests.items():
-            if f"1/{cycle:010d}/~" > after:
+            if cycle in needed.cycles and f"1/{cycle:010d}/~" > after:
                 yield from self._journal_units(manifest, after)
         for base in view.bases:
-            for disk in base.disks:
+            for disk in base.disks if base.number in needed.bases else ():
                 yield from self._image_units(f"2/{base.number:010d}/{disk.key}", disk, after)
         head = view.head
         for disk in head.disks if head is not None and replicas else ():

@@ -292,7 +292,7 @@ class Writer:
         """Delete what no point needs any more and was removed the grace period ago; `thorough`: also what dead cycles
         left."""
         now = self.clock()
-        view = self.view()
+        view, needed = self._needed(now)
         sweeper = prune.Sweeper(
             self.backend,
             self.log,
@@ -302,7 +302,6 @@ class Writer:
             alive=self.keep_alive,
             look=look,
         )
-        needed = prune.needs(view, self._applied(view), now, self.options.grace, self.sound())
         done = sweeper.sweep(view, needed, now)
         if thorough:
             done.orphans = sweeper.orphans(view, now).orphans
@@ -321,7 +320,13 @@ class Writer:
         self._check_known()
         self._disks.look_again()
         scrub = Scrub(self.backend, self.journal, self.clock, look=look, take=take)
-        return scrub.run(self.view(), replicas=True, budget=budget)
+        view, needed = self._needed(self.clock())
+        return scrub.run(view, needed, replicas=True, budget=budget)
+
+    def _needed(self, now: float) -> tuple[View, prune.Needs]:
+        """The log, and what of it counts: the rest may be half gone already, where a sweep died."""
+        view = self.view()
+        return view, prune.needs(view, self._applied(view), now, self.options.grace, self.sound())
 
     def coverage(self) -> Coverage:
         """How far scrub is."""

@@ -18,9 +18,9 @@ import pytest
 
 from farshore.domain.errors import Code, FarshoreError
 from farshore.domain.points import Consistency
-from farshore.providers.nbd import Member, QemuSettings, QemuSource, cut_together
+from farshore.providers.nbd import QemuSettings, QemuSource
 from farshore.providers.nbd.qmp import Monitor
-from farshore.replication.engine import Stopped
+from farshore.replication.engine import Member, Stopped, cut_together
 
 from . import guest as guests
 from .quiet import MIB
@@ -212,7 +212,7 @@ class Group:
 
 
 def together(members):
-    return cut_together(members, want=Consistency.CRASH, deadline=20.0)
+    return list(cut_together(members, want=Consistency.CRASH, deadline=20.0).cuts.values())
 
 
 def one_after_the_other(guest):
@@ -245,6 +245,8 @@ def test_points_of_a_group_are_of_one_instant(tmp_path, boot, initrd):
 
     # A member that stops too slowly: no cut, everybody runs, nothing is left.
     class Slow:
+        cannot_hold = ""
+
         def __init__(self, source) -> None:
             self.source = source
 
