@@ -24,6 +24,8 @@ PYTHON ?= $(shell for p in python3 python3.14 python3.13 python3.12 python3.11; 
 
 # pytest processes side by side (three keep two cores busy: they wait for servers). A test file stays in one process, so its module-wide servers start once.
 JOBS ?= 3
+# Whole stacks (Temporal, two sites, three workers) side by side.
+STACKS ?= 2
 # More arguments: to pytest (make test ARGS="-k lint -x"), to the demo (make demo ARGS=--exit).
 ARGS ?=
 
@@ -38,8 +40,8 @@ demo: install ## protect a three-tier application, rehearse, fail over, prove it
 
 test: install ## short tests
 	$(BIN)/python -m pytest -m "not slow" -n $(JOBS) --dist loadfile --ignore tests/e2e $(ARGS)
-	@# Whole stacks one after the other: two at once starve each other. 5: ARGS chose none of them.
-	$(BIN)/python -m pytest -m "not slow" tests/e2e $(ARGS) || [ $$? = 5 ]
+	@# Whole stacks after the rest, and few at once. 5: ARGS chose none of them.
+	$(BIN)/python -m pytest -m "not slow" -n $(STACKS) --dist worksteal tests/e2e $(ARGS) || [ $$? = 5 ]
 
 ##@ Checks
 .PHONY: check lint types imports test-slow test-tools bench
