@@ -73,7 +73,7 @@ echo marked
 """
 
 
-def write_plans(folder: Path, *, interval: str = "2s", manual: bool = False) -> Path:
+def write_plans(folder: Path, *, interval: str = "6s", manual: bool = False) -> Path:
     """A plans folder with `crm`; returns it."""
     (folder / "scripts").mkdir(parents=True)
     text = PLAN.format(interval=interval, manual=MANUAL if manual else "")
@@ -90,7 +90,7 @@ def make_stack(tmp_path: Path) -> Iterator[Callable[..., Stack]]:
     made: list[Stack] = []
 
     def make(
-        *, interval: str = "2s", manual: bool = False, machines: Any = MACHINES, leg: float = 3600.0
+        *, interval: str = "6s", manual: bool = False, machines: Any = MACHINES, leg: float = 3600.0
     ) -> Stack:
         root = tmp_path / f"stack{len(made)}"
         root.mkdir()

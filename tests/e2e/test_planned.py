@@ -24,7 +24,7 @@ pytestmark = pytest.mark.timeout(400)
 async def test_a_plan_is_rehearsed_cleaned_up_failed_over_moved_to_another_point_and_committed(
     make_stack, connect
 ):
-    stack = make_stack()
+    stack = make_stack(interval="2s")
     client = await connect(stack)
     await protect(client)
 
@@ -75,7 +75,7 @@ async def test_a_plan_is_rehearsed_cleaned_up_failed_over_moved_to_another_point
 async def test_after_a_change_of_point_the_disks_are_the_older_instants_and_commit_keeps_only_that_point(
     make_stack, connect
 ):
-    stack = make_stack()
+    stack = make_stack(interval="2s")
     client = await connect(stack)
     await protect(client)
     await until("some points", lambda: _enough(client))

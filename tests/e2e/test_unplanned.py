@@ -67,7 +67,7 @@ async def test_a_dead_source_site_costs_exactly_what_was_written_after_the_newes
 async def test_an_unplanned_failover_with_the_source_alive_shuts_it_down_and_can_be_cancelled(
     make_stack, connect
 ):
-    stack = make_stack()
+    stack = make_stack(interval="2s")
     client = await connect(stack)
     await protect(client)
     result = await fail_over(
