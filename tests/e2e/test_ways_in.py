@@ -115,28 +115,30 @@ async def _pending(found):
     return (await found.progress()).pending
 
 
+async def says(stack, expected: str, code: int, *command: str) -> None:
+    """The command ends with this exit code, says so in these words, and shows no trace."""
+    done = await asyncio.to_thread(stack.run, *command)
+    text = done.stdout + done.stderr
+    assert done.returncode == code, f"{command}: exit {done.returncode}\n{text}"
+    assert expected in text, f"{command}: {text}"
+    assert "Traceback" not in text, text
+    assert 'File "' not in text, text
+
+
 async def test_bad_input_is_answered_in_words_and_never_with_a_trace(make_stack, connect):
     stack = make_stack(manual=True)
     client = await connect(stack)
     plans = stack.root / "plans"
     (plans / "broken.yaml").write_text("farshore: 1\nplan: broken\nmachines: {a: [}\n", encoding="utf-8")
 
-    async def says(expected: str, code: int, *command: str) -> None:
-        done = await asyncio.to_thread(stack.run, *command)
-        text = done.stdout + done.stderr
-        assert done.returncode == code, f"{command}: exit {done.returncode}\n{text}"
-        assert expected in text, f"{command}: {text}"
-        assert "Traceback" not in text, text
-        assert 'File "' not in text, text
-
-    await says("crn", 2, "failover", "crn", "--kind", "test")  # unknown plan
-    await says("crm", 2, "failover", "crn", "--kind", "test")  # and the near match is named
-    await says("crm-web99", 2, "protect", "crm", "-m", "crm-web99")  # unknown machine
-    await says("must be one of planned, unplanned, test", 2, "failover", "crm", "--kind", "sideways")
-    await says("broken.yaml:3", 2, "failover", "broken", "--kind", "test")  # malformed YAML: line
-    await says("broken.yaml:3", 2, "plan", "lint", "broken")
-    await says("not protected", 1, "failover", "crm", "--kind", "planned")
-    await says("does not answer", 5, "status", "--address", "127.0.0.1:1")
+    await says(stack, "crn", 2, "failover", "crn", "--kind", "test")  # unknown plan
+    await says(stack, "crm", 2, "failover", "crn", "--kind", "test")  # and the near match is named
+    await says(stack, "crm-web99", 2, "protect", "crm", "-m", "crm-web99")  # unknown machine
+    await says(stack, "must be one of planned, unplanned, test", 2, "failover", "crm", "--kind", "sideways")
+    await says(stack, "broken.yaml:3", 2, "failover", "broken", "--kind", "test")  # malformed YAML: line
+    await says(stack, "broken.yaml:3", 2, "plan", "lint", "broken")
+    await says(stack, "not protected", 1, "failover", "crm", "--kind", "planned")
+    await says(stack, "does not answer", 5, "status", "--address", "127.0.0.1:1")
 
     # what the web UI sends: a wrong object ends the workflow at once, with words, without a stack trace
     for bad, word in (
@@ -156,17 +158,22 @@ async def test_bad_input_is_answered_in_words_and_never_with_a_trace(make_stack,
         assert failure.stack_trace == ""
         assert failure.application_failure_info.type == "InvalidInput"
 
+
+async def test_what_the_state_of_a_machine_forbids_is_refused_in_words(make_stack, connect):
+    stack = make_stack(manual=True)
+    client = await connect(stack)
+
     # wrong state, and a second run while the first holds the machines
     await protect(client)
-    await says("no test is open", 1, "cleanup", "crm")
-    await says("no failover to commit", 1, "commit", "crm")
+    await says(stack, "no test is open", 1, "cleanup", "crm")
+    await says(stack, "no failover to commit", 1, "commit", "crm")
     await fail_over(client, RunKind.TEST)
-    await says("Clean up the test first", 1, "failover", "crm", "--kind", "planned")  # a test is open
+    await says(stack, "Clean up the test first", 1, "failover", "crm", "--kind", "planned")  # a test is open
     await fail_over(client, RunKind.CLEANUP)
     first = await client.failover(FailoverInput(plan="crm", kind=RunKind.PLANNED))
     await until("the first run waits for a person", lambda: _pending(first), 180)
-    await says(first.id, 1, "failover", "crm", "--kind", "test")
-    await says(first.id, 1, "change-point", "crm", "-p", "latest", "-m", "crm-web01")
+    await says(stack, first.id, 1, "failover", "crm", "--kind", "test")
+    await says(stack, first.id, 1, "change-point", "crm", "-p", "latest", "-m", "crm-web01")
     rejected = await asyncio.to_thread(
         stack.run, "reject", "crm", "--by", "dora", "-o", "the database is corrupt"
     )
