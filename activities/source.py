@@ -29,7 +29,6 @@ from farshore.replication.ports import Progress
 class Upkeep:
     """How often a leg does what no single point needs. Seconds; see `LegPlan`."""
 
-    redo_every_s: float = 10.0
     base_every_s: float = 900.0
     scrub_every_s: float | None = 7 * 86400.0
     audit_every_s: float | None = 30 * 86400.0

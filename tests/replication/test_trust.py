@@ -7,6 +7,7 @@ import random
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
@@ -388,6 +389,26 @@ def test_scrub_respects_its_rate_and_stops_when_told(world: World) -> None:
 
     with pytest.raises(InterruptedError):
         writer.scrub(look=stop)
+
+
+def test_a_first_copy_is_not_read_back_before_a_round_of_scrub_is_due(world: World) -> None:
+    def leg(age: float) -> int:
+        """A leg at this age of the replica; how many rounds of scrub have ended since ever."""
+        rounds = iter(range(1000))
+        plan = LegPlan("vm", f"at {age}", 1.0, scrub_every_s=3600.0, pace=Pace(workers=0))
+        run_leg(
+            world.source,
+            world.fresh(),
+            plan,
+            clock=lambda: datetime.fromtimestamp(1000.0 + age, UTC),
+            sleep=lambda _: None,
+            should_stop=lambda: next(rounds) > 60,
+        )
+        return world.open().coverage().rounds
+
+    assert leg(5.0) == 0
+    assert leg(3000.0) == 0
+    assert leg(4000.0) == 1
 
 
 # the source -----------------------------------------------------------------------------------------------------------
